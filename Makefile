@@ -1,0 +1,34 @@
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux the default torch wheel brings CUDA with it; TORCH_INDEX=<url> takes it from another wheel index.
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo serve test lint slow soak clean
+
+demo: $(VENV)/installed
+	@exec $(BIN)/rankscope demo
+
+serve: $(VENV)/installed
+	@exec $(BIN)/rankscope serve
+
+test: lint
+	$(BIN)/python -m pytest -q --cov --cov-report=term
+
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m slow
+
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m soak
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	python3.11 -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[worker,dev]'
+	@touch $@
