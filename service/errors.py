@@ -1,0 +1,135 @@
+"""What can go wrong, in the domain's words; `problems.py` gives each its HTTP status.
+
+RankscopeError
+├── BadRequestValue          a field or parameter holds a value we do not take
+├── BudgetExceeded           each field is in bounds, all together ask too much
+├── MalformedJson            the bytes are not strict JSON
+├── BodyTooLarge
+├── UnsupportedMediaType
+├── UnsupportedContentEncoding
+├── NotAcceptable            none of the representations asked for exists
+├── RangeNotSatisfiable
+├── HostNotAllowed
+├── NotFound
+├── MethodNotAllowed
+├── InvalidState             the job's status forbids it
+├── SpectrumNotReady         epoch 0 is not recorded yet
+├── PreconditionFailed       If-Match named another version
+├── QueueFull
+├── StorageFull
+├── DatabaseUnavailable
+├── DatabaseUnusable         at start: damaged, read-only, newer than this program
+├── LostJob                  another attempt owns the job: stop writing
+└── JobFailed                ends a job as `failed`, with a type clients can match
+    └── Diverged
+"""
+
+from typing import Any
+
+
+class RankscopeError(Exception):
+    """Base of every error raised on purpose; `extra` holds members added to the problem document."""
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+
+
+class BadRequestValue(RankscopeError):
+    """A value that is refused: `field` is a JSON pointer (`/training/lr`) or the name of a query parameter."""
+
+    def __init__(self, field: str, value: object, message: str) -> None:
+        place = "pointer" if field.startswith("/") else "parameter"
+        error = {place: field, "detail": message, "type": "value_error", "value": value}
+        super().__init__(f"{field}: {message}", errors=[error])
+
+
+class BudgetExceeded(RankscopeError):
+    """The whole request is too large, though each of its fields is in bounds."""
+
+    def __init__(self, what: str, figure: int, limit: int, advice: str) -> None:
+        detail = f"{what} would be {figure:.3g}, the limit is {limit:.3g}; {advice}"
+        super().__init__(detail, what=what, figure=figure, limit=limit)
+
+
+class MalformedJson(RankscopeError):
+    """The body is not strict JSON."""
+
+
+class BodyTooLarge(RankscopeError):
+    """The request body passes its limit."""
+
+
+class UnsupportedMediaType(RankscopeError):
+    """The body is of a type that this route does not take."""
+
+
+class UnsupportedContentEncoding(RankscopeError):
+    """The body is compressed; we never inflate what strangers send."""
+
+
+class NotAcceptable(RankscopeError):
+    """None of the representations asked for exists here."""
+
+
+class RangeNotSatisfiable(RankscopeError):
+    """The Range header names no byte of the representation."""
+
+
+class HostNotAllowed(RankscopeError):
+    """The Host header is missing or names a host that we do not serve."""
+
+
+class NotFound(RankscopeError):
+    """No such thing."""
+
+
+class MethodNotAllowed(RankscopeError):
+    """The path exists, the method on it does not."""
+
+
+class InvalidState(RankscopeError):
+    """The job's status forbids what was asked."""
+
+
+class SpectrumNotReady(RankscopeError):
+    """Nothing is recorded yet."""
+
+
+class PreconditionFailed(RankscopeError):
+    """The version named in If-Match is not the current one."""
+
+
+class QueueFull(RankscopeError):
+    """As many jobs wait as may wait."""
+
+
+class StorageFull(RankscopeError):
+    """The disk is below its reserve."""
+
+
+class DatabaseUnavailable(RankscopeError):
+    """The database does not answer now."""
+
+
+class DatabaseUnusable(RankscopeError):
+    """The database cannot be served from at all: damaged, read-only, or newer than this program."""
+
+
+class LostJob(RankscopeError):
+    """The job belongs to another attempt, or is over: whoever gets this stops writing."""
+
+
+class JobFailed(RankscopeError):
+    """Ends a job as `failed`; `kind` is the error type clients match on, `title` its short sentence."""
+
+    kind = "internal-error"
+    title = "The job stopped on an unexpected error"
+
+
+class Diverged(JobFailed):
+    """A loss or a weight stopped being finite."""
+
+    kind = "diverged"
+    title = "The training diverged"

@@ -1,0 +1,56 @@
+"""Every setting: an environment variable RANKSCOPE_<NAME>, its default, its bound and one line of help.
+
+Built once at the door (`create_app`, the worker's `main`) and passed on; nothing reads the environment elsewhere.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1 << 20
+
+
+class Settings(BaseSettings):
+    """What an operator can choose."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKSCOPE_", frozen=True)
+
+    data: Path = Field(Path("data"), description="Folder of the database, the weights and the cached pictures")
+    database_url: str = Field("", description="SQLAlchemy URL of the database; empty: SQLite in the data folder")
+    hosts: str = Field(
+        "localhost,127.0.0.1,[::1]",
+        description="Host names this server answers to, comma separated; * for any",
+    )
+    devices: str = Field("cpu", description="Devices the workers offer, comma separated: cpu, cuda:0, …")
+    threads: int = Field(1, ge=1, le=256, description="BLAS threads of one job")
+    jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time")
+    poll_s: float = Field(0.1, ge=0.01, le=10, description="Seconds between a worker's looks at the queue")
+    heartbeat_s: float = Field(1.0, ge=0.05, le=60, description="Seconds between a worker's heartbeats")
+    lease_s: float = Field(
+        10.0, ge=0.2, le=600, description="Seconds without a heartbeat after which a job is taken over"
+    )
+    max_attempts: int = Field(3, ge=1, le=100, description="Crashed attempts after which a job fails")
+    job_limit_s: float = Field(86_400, gt=0, le=30 * 86_400, description="Seconds one job may run")
+    queue_limit: int = Field(1000, ge=1, le=10**6, description="Jobs that may wait in the queue")
+    body_limit: int = Field(64 << 10, ge=1024, le=16 * MIB, description="Bytes of a JSON body")
+    free_disk: int = Field(256 * MIB, ge=0, description="Bytes of disk kept free; below it new jobs are refused")
+    cache_limit: int = Field(512 * MIB, ge=MIB, description="Bytes of cached pictures")
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_named(cls, value: str) -> str:
+        for device in value.split(","):
+            if device != "cpu" and not (device.startswith("cuda:") and device[5:].isdecimal()):
+                raise ValueError(f"{device!r} is no device: write cpu, cuda:0, cuda:1, …")
+        return value
+
+    @property
+    def url(self) -> str:
+        """The database to use."""
+        return self.database_url or f"sqlite:///{self.data.absolute() / 'rankscope.sqlite3'}"
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """Lower-case host names without port."""
+        return frozenset(name.strip().lower() for name in self.hosts.split(","))
