@@ -14,6 +14,7 @@ PARAMETER_LIMIT = 5 * 10**7
 WORK_LIMIT = 10**16
 RECORDED_LIMIT = 2 * 10**7
 DATA_LIMIT = 10**8
+TAG_KEY = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"  # without a colon, which splits `tag=key:value`
 
 Target = Literal["tanh", "relu", "identity"]
 Activation = Literal["tanh", "relu", "sigmoid", "identity"]
@@ -33,7 +34,7 @@ def _label(text: str) -> str:
 
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_label)]
-TagKey = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_label)]
+TagKey = Annotated[str, StringConstraints(max_length=64, pattern=TAG_KEY)]
 TagValue = Annotated[str, StringConstraints(max_length=200), AfterValidator(_label)]
 Tags = Annotated[dict[TagKey, TagValue], Field(max_length=20)]
 
@@ -146,9 +147,7 @@ class ExperimentSpec(Strict):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "memo": {},
-    "memo-adamw": {
-        "training": {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1.0, "batch_size": 32, "epochs": 60}
-    },
+    "memo-adamw": {"training": {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1.0, "batch_size": 32, "epochs": 60}},
     "small-init": {
         "network": {"init_scale": 0.1},
         "training": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "batch_size": 32, "epochs": 60},

@@ -22,6 +22,9 @@ class Settings(BaseSettings):
         "localhost,127.0.0.1,[::1]",
         description="Host names this server answers to, comma separated; * for any",
     )
+    open_network: bool = Field(
+        False, description="Serve on addresses other than loopback although anyone who reaches them may call"
+    )
     devices: str = Field("cpu", description="Devices the workers offer, comma separated: cpu, cuda:0, …")
     threads: int = Field(1, ge=1, le=256, description="BLAS threads of one job")
     jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time")

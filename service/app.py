@@ -1,0 +1,65 @@
+"""The application: routers, the error table, the edge, start and end."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from service import problems, store
+from service.context import Context
+from service.drawing import Drawing
+from service.edge import Edge
+from service.routes import compression, experiments, meta, metrics, spectrum, weights
+from service.schemas import ExperimentSpec
+from service.settings import Settings
+
+ROUTERS = (experiments, spectrum, metrics, compression, weights, meta)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application: `uvicorn --factory service.app:create_app`.
+
+    The database is opened and brought up to date when the server starts. Raises DatabaseUnusable then.
+    """
+    settings = settings or Settings()
+    app = FastAPI(
+        title="rankscope",
+        version=importlib.metadata.version("rankscope"),
+        description="Watch the low-rank bias of neural networks: spectra at every epoch, and what they let you save.",
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=settings.body_limit,
+        lifespan=_lifespan,
+        responses={"default": {"description": "A problem, as application/problem+json (RFC 9457)"}},
+    )
+    app.state.settings = settings
+    problems.install(app)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    app.add_middleware(Edge, hosts=settings.host_names)
+    _describe_bodies(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    database = store.connect(settings)
+    store.migrate(database, settings)
+    drawing = Drawing(settings.data, settings.cache_limit)
+    app.state.context = Context(settings, database, drawing)
+    try:
+        yield
+    finally:
+        drawing.close()
+        database.engine.dispose()
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the models of bodies that our own parser reads to the OpenAPI document."""
+    document = app.openapi()
+    models = (ExperimentSpec, experiments.LabelChanges)
+    for model in models:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= {**schema.pop("$defs", {}), model.__name__: schema}

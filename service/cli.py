@@ -1,0 +1,119 @@
+"""The command `rankscope`. Exit codes: 0 ok, 1 failed job, 2 usage, 3 no server, 4 refused, 5 database unusable."""
+
+import importlib.util
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from service.errors import DatabaseUnusable
+from service.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+USAGE, UNUSABLE = 2, 5
+Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures [default: ./data]")]
+Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]
+
+
+def _settings(data: Path | None) -> Settings:
+    return Settings() if data is None else Settings(data=data)
+
+
+def _stop(code: int, message: str) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(code)
+
+
+def _prepare(settings: Settings) -> None:
+    """Open and migrate the database, or end with one clear line."""
+    from service import store  # noqa: PLC0415  (SQLAlchemy is not for `rankscope --help`)
+
+    try:
+        database = store.connect(settings)
+        store.migrate(database, settings)
+        database.engine.dispose()
+    except (DatabaseUnusable, OSError) as error:
+        raise _stop(UNUSABLE, str(error)) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_worker_extra() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise _stop(USAGE, "workers need torch: install rankscope[worker], or serve with --workers 0")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    data: Data = None,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="0: the API alone")] = 1,
+    tied: Tied = False,
+) -> None:
+    """Serve the API and run workers beside it."""
+    settings = _settings(data)
+    if not _is_loopback(host) and not settings.open_network:
+        raise _stop(USAGE, f"{host} is not loopback and anyone could call: set RANKSCOPE_OPEN_NETWORK=true to mean it")
+    if workers:
+        _check_worker_extra()
+    _prepare(settings)
+    from service.serving import serve as run  # noqa: PLC0415
+
+    run(settings, host, port, workers, tied=tied)
+
+
+@app.command()
+def work(data: Data = None) -> None:
+    """Run jobs of a database until told to stop."""
+    _check_worker_extra()
+    settings = _settings(data)
+    _prepare(settings)
+    from service.serving import environment  # noqa: PLC0415
+
+    # The worker takes our place: signals and exit code are its own.
+    os.execve(sys.executable, [sys.executable, "-m", "worker"], {**os.environ, **environment(settings)})  # noqa: S606
+
+
+@app.command()
+def demo(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("demo"),
+) -> None:
+    """Run the memo's experiment over HTTP and leave its pictures and reports."""
+    _check_worker_extra()
+    from service.demo import run  # noqa: PLC0415
+
+    raise typer.Exit(run(_settings(data), out))
+
+
+@app.command()
+def migrate(data: Data = None) -> None:
+    """Create the database or bring it up to date."""
+    _prepare(_settings(data))
+
+
+@app.command()
+def openapi() -> None:
+    """Print the OpenAPI document."""
+    from service.app import create_app  # noqa: PLC0415
+
+    typer.echo(orjson.dumps(create_app(Settings()).openapi(), option=orjson.OPT_INDENT_2))
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What a route may use, built once in `create_app` and handed to it as a dependency."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from service.drawing import Drawing
+from service.http import json_body
+from service.settings import Settings
+from service.store import Database
+
+OWNER = "public"  # Everybody, while no API keys are set up.
+
+
+@dataclass(frozen=True)
+class Context:
+    """Settings, database and drawing process of this application."""
+
+    settings: Settings
+    database: Database
+    drawing: Drawing
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Here = Annotated[Context, Depends(_context)]
+Body = Annotated[dict[str, Any], Depends(json_body)]

@@ -1,0 +1,225 @@
+"""Error → RFC 9457 problem document: the one table of statuses and slugs, and the handlers that use it."""
+
+import errno
+import logging
+import math
+from typing import Any, NamedTuple
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+from service import errors
+
+log = logging.getLogger(__name__)
+
+
+class Problem(NamedTuple):
+    """One type of problem: its URI is `/problems/<slug>`."""
+
+    slug: str
+    status: int
+    title: str
+    advice: str
+
+
+class ValidationFailed(errors.RankscopeError):
+    """Stands for pydantic's refusals in the table; `errors` has an entry for each."""
+
+
+PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
+    errors.MalformedJson: Problem(
+        "malformed-json",
+        400,
+        "The body is not strict JSON",
+        "Send UTF-8 JSON without duplicate keys, NaN or Infinity.",
+    ),
+    errors.HostNotAllowed: Problem(
+        "host-not-allowed", 400, "This server does not answer to that host", "Add the name to RANKSCOPE_HOSTS."
+    ),
+    errors.NotFound: Problem("not-found", 404, "There is no such thing", "Check the path and the id."),
+    errors.MethodNotAllowed: Problem(
+        "method-not-allowed", 405, "The path does not take this method", "The Allow header lists those that it takes."
+    ),
+    errors.NotAcceptable: Problem(
+        "not-acceptable", 406, "None of the representations asked for exists", "Pick one out of `available`."
+    ),
+    errors.InvalidState: Problem(
+        "invalid-state", 409, "The job's status forbids this", "Read the job; cancel or wait, then try again."
+    ),
+    errors.SpectrumNotReady: Problem(
+        "spectrum-not-ready", 409, "Nothing is recorded yet", "Wait for epoch 0: follow `progress` of the job."
+    ),
+    errors.PreconditionFailed: Problem(
+        "precondition-failed", 412, "The resource has changed", "Read it again and send its new ETag in If-Match."
+    ),
+    errors.BodyTooLarge: Problem(
+        "body-too-large", 413, "The body is too large", "`GET /limits` tells how large it may be."
+    ),
+    errors.UnsupportedMediaType: Problem(
+        "unsupported-media-type", 415, "The body's media type is not taken here", "Send application/json."
+    ),
+    errors.UnsupportedContentEncoding: Problem(
+        "unsupported-content-encoding", 415, "Compressed bodies are not taken", "Send the body as it is."
+    ),
+    errors.RangeNotSatisfiable: Problem(
+        "range-not-satisfiable", 416, "The range holds no bytes", "The Content-Range header tells the size."
+    ),
+    ValidationFailed: Problem(
+        "validation-error", 422, "The request was refused", "`errors` names each field, its value and its limit."
+    ),
+    errors.BadRequestValue: Problem(
+        "validation-error", 422, "The request was refused", "`errors` names each field, its value and its limit."
+    ),
+    errors.BudgetExceeded: Problem(
+        "budget-exceeded", 422, "All together this asks too much", "`figure` and `limit` tell by how much."
+    ),
+    errors.QueueFull: Problem("queue-full", 429, "The queue is full", "Wait as Retry-After says."),
+    errors.RankscopeError: Problem(
+        "internal-error", 500, "Something unexpected happened", "Report it with the request id; it is in our log."
+    ),
+    errors.DatabaseUnavailable: Problem(
+        "database-unavailable", 503, "The database does not answer", "Wait as Retry-After says."
+    ),
+    errors.StorageFull: Problem("storage-full", 507, "The disk is full", "Delete old experiments, or add space."),
+}
+BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
+RETRY_AFTER_S = {"queue-full": 10, "database-unavailable": 5}
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Give every error of the application the one body."""
+    app.add_exception_handler(errors.RankscopeError, _handle)
+    app.add_exception_handler(RequestValidationError, _handle)
+    app.add_exception_handler(ValidationError, _handle)
+    app.add_exception_handler(DBAPIError, _handle)
+    app.add_exception_handler(HTTPException, _handle)
+    app.add_exception_handler(Exception, _handle)
+
+
+def _handle(request: Request, error: Exception) -> Response:
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    translated = translate(error)
+    if type(translated) is errors.RankscopeError:
+        log.error("request %s failed", request_id(request), exc_info=error)
+    return problem_response(request, translated, headers=headers)
+
+
+def translate(error: Exception) -> errors.RankscopeError:
+    """Any exception as one of ours; what is not known stays nameless to the client."""
+    match error:
+        case errors.RankscopeError():
+            return error
+        case RequestValidationError() | ValidationError():
+            return _validation_failed(list(error.errors()))
+        case HTTPException():
+            return _http_error(error)
+        case OSError(errno=errno.ENOSPC):
+            return errors.StorageFull("the disk is full")
+        case DBAPIError():
+            return _database_error(error)
+    return errors.RankscopeError("the request met an unexpected error")
+
+
+def _database_error(error: DBAPIError) -> errors.RankscopeError:
+    if "is full" in str(error.orig):
+        return errors.StorageFull("the disk of the database is full")
+    return errors.DatabaseUnavailable("the database is locked or cannot be reached")
+
+
+def _http_error(error: HTTPException) -> errors.RankscopeError:
+    match error.status_code:
+        case 404:
+            return errors.NotFound("no such path")
+        case 405:
+            return errors.MethodNotAllowed("the path does not take this method")
+        case 413:
+            return errors.BodyTooLarge("the body is larger than this path takes; see /limits")
+    return errors.RankscopeError(str(error.detail))
+
+
+def _validation_failed(found: list[Any]) -> errors.RankscopeError:
+    entries = [_entry(item) for item in found[:20]]
+    first = entries[0]
+    place = first.get("pointer", first.get("parameter"))
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return ValidationFailed(f"{place}: {first['detail']}{more}", errors=entries)
+
+
+def _entry(item: dict[str, Any]) -> dict[str, Any]:
+    """One refusal: where (a JSON pointer into the body, or a parameter), what value, and why."""
+    places = [str(part) for part in item["loc"]]
+    if places and places[0] in {"query", "path", "header"}:
+        entry: dict[str, Any] = {"parameter": ".".join(places[1:])}
+    else:
+        pointer = [place.replace("~", "~0").replace("/", "~1") for place in places if place != "body"]
+        entry = {"pointer": "".join(f"/{place}" for place in pointer)[:200]}
+    entry |= {"detail": item["msg"], "type": item["type"]}
+    if item["type"] != "missing" and isinstance(item["input"], str | int | float | bool | None):
+        entry["value"] = showable(item["input"])
+    return entry
+
+
+def showable(value: object) -> object:
+    """A value as JSON can carry it in an error: short, and never NaN or an endless integer."""
+    match value:
+        case bool() | None:
+            return value
+        case int() if abs(value) < 2**53:
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case int():
+            return f"{value:.3e}" if abs(value) < 10**300 else "an integer of more than 300 digits"
+        case list() | tuple():
+            return [showable(item) for item in value[:20]]
+    text = str(value).encode("utf-8", "replace").decode()
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def problem_response(
+    request: Request,
+    error: errors.RankscopeError,
+    *,
+    status: int | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """The problem document of an error, with the headers that every answer has."""
+    problem = next(PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS)
+    body = {
+        "type": f"/problems/{problem.slug}",
+        "title": problem.title,
+        "status": status or problem.status,
+        "detail": error.detail,
+        "request_id": request_id(request),
+        **{key: _tidy(value) for key, value in error.extra.items() if key != "headers"},
+    }
+    retry = {"retry-after": str(RETRY_AFTER_S[problem.slug])} if problem.slug in RETRY_AFTER_S else {}
+    head = {**HEADERS, "cache-control": "no-store", "x-request-id": request_id(request), **retry}
+    return Response(
+        orjson.dumps(body),
+        status or problem.status,
+        {**head, **error.extra.get("headers", {}), **(headers or {})},
+        "application/problem+json",
+    )
+
+
+def _tidy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_tidy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _tidy(item) for key, item in value.items()}
+    return showable(value) if not isinstance(value, str) else value
+
+
+def request_id(request: Request) -> str:
+    """The id that the edge gave the request."""
+    return str(getattr(request.state, "request_id", "-"))

@@ -1,0 +1,72 @@
+"""Spectra and metrics as bytes: JSON, JSON lines, CSV, npy, npz. Arrays in, bytes out."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.lowrank.ranks import Array
+
+MEDIA_TYPES = {
+    "json": "application/json",
+    "jsonl": "application/jsonl",
+    "csv": "text/csv",
+    "npy": "application/x-npy",
+    "npz": "application/x-npz",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+    "gif": "image/gif",
+}
+Rows = list[dict[str, Any]]
+
+
+def to_json(document: object) -> bytes:
+    """JSON in which a number that does not exist is null; arrays of float64 are written without a copy."""
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def to_jsonl(rows: Iterable[object]) -> bytes:
+    """A line of JSON for every row."""
+    return b"".join(to_json(row) + b"\n" for row in rows)
+
+
+def spectrum_csv(epochs: list[int], columns: Mapping[str, Mapping[str, Array]]) -> bytes:
+    """epoch,layer,index,value and one column more if there are normalized values; index counts from 1.
+
+    `columns` is name of the column → layer → values of shape (epochs, k).
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["epoch", "layer", "index", *columns])
+    for row, epoch in enumerate(epochs):
+        for layer, values in columns["value"].items():
+            numbers = [column[layer][row].tolist() for column in columns.values()]
+            writer.writerows([epoch, layer, j + 1, *(n[j] for n in numbers)] for j in range(values.shape[1]))
+    return buffer.getvalue().encode()
+
+
+def table_csv(rows: Rows) -> bytes:
+    """Rows that share their keys as CSV with a header; null is an empty cell."""
+    buffer = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def to_npy(values: Array) -> bytes:
+    """One array in numpy's format 1.0, float64, C order."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0))
+    return buffer.getvalue()
+
+
+def to_npz(arrays: Mapping[str, Array | np.ndarray[Any, Any]]) -> bytes:
+    """Named arrays in one zip; numpy dates its members 1980, so equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()

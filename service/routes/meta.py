@@ -1,0 +1,150 @@
+"""About the service itself: discovery, presets, limits, health, documentation, problem types."""
+
+import html
+import importlib.resources
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from sqlalchemy import text
+
+from service import files
+from service.context import Here
+from service.errors import DatabaseUnavailable, NotFound, RankscopeError, StorageFull
+from service.http import choose_format
+from service.problems import BY_SLUG, problem_response, translate
+from service.representations import to_json
+from service.routes.spectrum import ANSWER_LIMIT
+from service.schemas import (
+    DATA_LIMIT,
+    PARAMETER_LIMIT,
+    PRESET_NOTES,
+    PRESETS,
+    RECORDED_LIMIT,
+    WORK_LIMIT,
+    ExperimentSpec,
+    resolve,
+)
+
+router = APIRouter(tags=["service"])
+LINKS = {
+    "experiments": "/experiments",
+    "presets": "/presets",
+    "limits": "/limits",
+    "documentation": "/docs",
+    "openapi": "/openapi.json",
+    "health": "/healthz",
+    "ready": "/readyz",
+}
+DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+DOCS_START = """window.onload = () => SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null
+});"""
+DOCS_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>rankscope: API</title>
+<link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="data:,"></head>
+<body><div id="swagger-ui"></div><script src="/docs/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script></body></html>"""
+
+
+@router.get("/")
+def discovery(request: Request) -> Response:
+    """Where everything is; a page for browsers."""
+    wanted = choose_format(None, request.headers.get("accept"), {"json": "application/json", "html": "text/html"})
+    headers = {"vary": "Accept"}
+    if wanted == "json":
+        document = {"name": "rankscope", "version": request.app.version, "links": LINKS}
+        return Response(to_json(document), headers=headers, media_type="application/json")
+    rows = "".join(f'<li><a href="{path}">{html.escape(name)}</a></li>' for name, path in LINKS.items())
+    title = f"rankscope {html.escape(request.app.version)}"
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<link rel="icon" href="data:,"><style>body{font:16px/1.6 sans-serif;max-width:40rem;margin:3rem auto}</style>'
+        f"</head><body><h1>{title}</h1><p>Watch the low-rank bias of neural networks.</p><ul>{rows}</ul></body></html>"
+    )
+    return HTMLResponse(page, headers=headers)
+
+
+@router.get("/presets")
+def presets() -> dict[str, Any]:
+    """The named specifications, resolved."""
+    data = [
+        {"name": name, "description": PRESET_NOTES[name], "spec": resolve({"preset": name}).model_dump()}
+        for name in PRESETS
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get("/limits")
+def limits(here: Here) -> dict[str, Any]:
+    """Every limit that a request can meet; bounds of single fields are in the OpenAPI document too."""
+    settings = here.settings
+    return {
+        "body_bytes": settings.body_limit,
+        "queued_jobs": settings.queue_limit,
+        "job_seconds": settings.job_limit_s,
+        "devices": settings.devices.split(","),
+        "parameters": PARAMETER_LIMIT,
+        "work": WORK_LIMIT,
+        "recorded_values": RECORDED_LIMIT,
+        "data_values": DATA_LIMIT,
+        "answer_values": ANSWER_LIMIT,
+        "fields": _bounds(ExperimentSpec.model_json_schema()),
+    }
+
+
+def _bounds(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dotted field name → its bounds, as the JSON schema states them."""
+    bounds = {}
+    for part, reference in schema["properties"].items():
+        model = schema["$defs"].get(str(reference.get("$ref", "")).rpartition("/")[2], {})
+        for field, rule in model.get("properties", {}).items():
+            found = {key: rule[key] for key in rule if key.lower().endswith(("imum", "items"))}
+            if found := {key: value for key, value in found.items() if key != "items"}:
+                bounds[f"{part}.{field}"] = found
+    return bounds
+
+
+@router.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+def readyz(here: Here, request: Request) -> Response:
+    """The database answers and the disk has room: new work can be taken."""
+    try:
+        with here.database.read.begin() as session:
+            session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
+        if files.free_bytes(here.settings.data) < here.settings.free_disk:
+            raise StorageFull(f"less than {here.settings.free_disk} bytes of disk are free")
+    except Exception as error:
+        reason = translate(error)
+        known = reason if isinstance(reason, StorageFull | DatabaseUnavailable) else RankscopeError("not ready")
+        return problem_response(request, known, status=503)
+    return Response(to_json({"status": "ready"}), media_type="application/json")
+
+
+@router.get("/problems/{slug}")
+def problem_type(slug: str) -> dict[str, Any]:
+    """What a problem type means and what to do about it."""
+    if (problem := BY_SLUG.get(slug)) is None:
+        raise NotFound(f"no problem type {slug[:40]!r}")
+    return {"type": f"/problems/{slug}", **problem._asdict()}
+
+
+@router.get("/docs", include_in_schema=False)
+def docs() -> HTMLResponse:
+    """Swagger UI; its files are served by us, so that it works without a network."""
+    return HTMLResponse(DOCS_PAGE)
+
+
+@router.get("/docs/{name}", include_in_schema=False)
+def docs_file(name: str) -> Response:
+    """One file of Swagger UI."""
+    if name == "start.js":
+        return Response(DOCS_START, media_type="text/javascript")
+    if name not in DOCS_FILES:
+        raise NotFound(f"no file {name[:40]!r}")
+    path = importlib.resources.files("fastapi_offline") / "static" / name
+    return FileResponse(str(path), media_type=DOCS_FILES[name], headers={"cache-control": "max-age=86400"})

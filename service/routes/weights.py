@@ -1,0 +1,41 @@
+"""The weights themselves, as safetensors."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict
+
+from service import files, store, views
+from service.context import OWNER, Here
+from service.errors import InvalidState, SpectrumNotReady
+from service.http import check_range, etag, matches
+
+router = APIRouter(prefix="/experiments", tags=["experiments"])
+
+
+class WeightsQuery(BaseModel):
+    """Which weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    at: files.At = "final"
+
+
+@router.get("/{experiment_id}/weights", response_class=FileResponse)
+def weights(here: Here, request: Request, experiment_id: str, query: Annotated[WeightsQuery, Query()]) -> Response:
+    """Every layer's weight and bias (`W1.weight`, `W1.bias`, …) before or after training; takes Range."""
+    with here.database.read.begin() as session:
+        row = store.get_job(session, "experiment", OWNER, experiment_id)
+    path = files.weights_path(here.settings.data, row.id, row.attempt, query.at)
+    if not path.exists():
+        if row.status in store.TERMINAL:
+            raise InvalidState(f"the run {row.status} before it had {query.at} weights")
+        raise SpectrumNotReady(f"the {query.at} weights are not written yet")
+    tag = etag(row.id, row.attempt, query.at)
+    headers = {"etag": tag, **views.caching(row)}
+    if matches(request.headers.get("if-none-match"), tag):
+        return Response(status_code=304, headers=headers)
+    check_range(request.headers.get("range"), path.stat().st_size)
+    name = f"{row.id}-{query.at}.safetensors"
+    return FileResponse(path, headers=headers, media_type="application/octet-stream", filename=name)

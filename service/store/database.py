@@ -1,0 +1,99 @@
+"""Engines and migrations: how SQLite is set up, and the one way to a current schema."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from filelock import FileLock
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.errors import DatabaseUnusable
+from service.settings import Settings
+
+MIGRATION_LOCK = 0x72616E6B  # any number nobody else locks: "rank" in ASCII
+
+
+@dataclass(frozen=True)
+class Database:
+    """Two ways in: `read.begin()` never takes a write lock, `write.begin()` takes it at once."""
+
+    engine: Engine
+    read: sessionmaker[Session]
+    write: sessionmaker[Session]
+
+
+def connect(settings: Settings) -> Database:
+    """Open the database of the settings; nothing is read or written yet.
+
+    A write transaction begins IMMEDIATE on SQLite: one that starts by reading and then writes is refused with
+    SQLITE_BUSY_SNAPSHOT, which no timeout waits out.
+    """
+    engine = create_engine(settings.url, pool_pre_ping=not settings.url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        settings.data.mkdir(parents=True, exist_ok=True)
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin)
+    writing = engine.execution_options(write=True)
+    return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (engine, writing)))
+
+
+def journal_mode() -> str:
+    """WAL where this SQLite is free of the WAL-reset bug (fixed in 3.51.3; backported to 3.50.7 and 3.44.6)."""
+    version = sqlite3.sqlite_version_info
+    safe = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    return "WAL" if safe else "DELETE"
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # The driver must not begin transactions of its own: `_begin` does.
+    for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    write = connection.get_execution_options().get("write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def migrate(database: Database, settings: Settings) -> None:
+    """Bring the schema up to date, one process at a time.
+
+    Raises DatabaseUnusable where the file is damaged, read-only, or of a newer program; it is then left as it is.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    try:
+        with _one_at_a_time(database, settings) as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+            script = ScriptDirectory.from_config(config)
+            known = {revision.revision for revision in script.walk_revisions()}
+            if current is not None and current not in known:
+                raise DatabaseUnusable(f"the database has schema {current}, newer than this program knows")
+            if current != script.get_current_head():
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+    except (DBAPIError, OSError) as error:
+        reason = error.orig if isinstance(error, DBAPIError) else error
+        raise DatabaseUnusable(f"cannot use the database {database.engine.url!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(database: Database, settings: Settings) -> Iterator[Connection]:
+    """A transaction that two servers starting together cannot both be in: both would create the tables."""
+    sqlite = database.engine.dialect.name == "sqlite"
+    with (
+        FileLock(settings.data / "migrate.lock", timeout=60) if sqlite else contextlib.nullcontext(),
+        database.engine.execution_options(write=True).begin() as connection,
+    ):
+        if not sqlite:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        yield connection

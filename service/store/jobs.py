@@ -1,0 +1,116 @@
+"""Verbs of whoever posts jobs: create, read, list, rename, cancel, delete."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import uuid6
+from sqlalchemy import Select, delete, func, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from service.errors import InvalidState, NotFound, QueueFull
+from service.store.tables import TERMINAL, JobRow, Status
+
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+
+
+def now() -> int:
+    """Microseconds of the Unix epoch."""
+    return time.time_ns() // 1000
+
+
+def create_job(session: Session, job: dict[str, Any], queue_limit: int) -> JobRow:
+    """Queue a job; `job` holds kind, owner, name, tags, spec, priority and total. Raises QueueFull."""
+    waiting = session.scalar(select(func.count()).where(JobRow.status == "queued"))
+    if waiting is not None and waiting >= queue_limit:
+        raise QueueFull(f"{waiting} jobs wait, the limit is {queue_limit}; try again when some have run")
+    row = JobRow(
+        **{**job, "priority": PRIORITIES[job["priority"]]},
+        id=str(uuid6.uuid7()),
+        status="queued",
+        created_at=now(),
+        attempt=0,
+        crashes=0,
+        heartbeat=0,
+        done=0,
+        revision=0,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get_job(session: Session, kind: str, owner: str, job_id: str) -> JobRow:
+    """The job; another owner's is not found. Raises NotFound."""
+    row = session.get(JobRow, job_id) if len(job_id) == 36 and "\0" not in job_id else None
+    if row is None or row.kind != kind or row.owner != owner:
+        raise NotFound(f"no {kind} {job_id[:40]!r}")
+    return row
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which jobs to list; every filter that is None lets all through."""
+
+    limit: int = 20
+    newest_first: bool = True
+    after: tuple[int, str] | None = None
+    status: Status | None = None
+    tag: tuple[str, str | None] | None = None
+    name_prefix: str | None = None
+    created_after: int | None = None
+    created_before: int | None = None
+
+
+def list_jobs(session: Session, kind: str, owner: str, page: Page) -> list[JobRow]:
+    """At most `limit` + 1 rows after the cursor (created_at, id); the extra one says that there are more."""
+    query = _filtered(select(JobRow).where(JobRow.owner == owner, JobRow.kind == kind), page)
+    key = tuple_(JobRow.created_at, JobRow.id)
+    if page.after is not None:
+        query = query.where(key < page.after if page.newest_first else key > page.after)
+    order = (JobRow.created_at, JobRow.id)
+    query = query.order_by(*((column.desc() for column in order) if page.newest_first else order))
+    return list(session.scalars(query.limit(page.limit + 1)))
+
+
+def _filtered(query: Select[JobRow], page: Page) -> Select[JobRow]:
+    if page.status is not None:
+        query = query.where(JobRow.status == page.status)
+    if page.name_prefix is not None:
+        # Not LIKE: SQLite's ignores the case of ASCII letters, PostgreSQL's does not.
+        query = query.where(func.substr(JobRow.name, 1, len(page.name_prefix)) == page.name_prefix)
+    if page.tag is not None:
+        key, value = page.tag
+        stored = JobRow.tags[key].as_string()
+        query = query.where(stored.is_not(None) if value is None else stored == value)
+    if page.created_after is not None:
+        query = query.where(JobRow.created_at > page.created_after)
+    if page.created_before is not None:
+        query = query.where(JobRow.created_at < page.created_before)
+    return query
+
+
+def rename_job(session: Session, job_id: str, changes: dict[str, Any]) -> JobRow:
+    """Set name and tags, in the row and in the specification that it answers with."""
+    row = session.get_one(JobRow, job_id)
+    row.name, row.tags = changes.get("name", row.name), changes.get("tags", row.tags)
+    row.spec = {**row.spec, "name": row.name, "tags": row.tags}
+    row.revision += 1
+    session.flush()
+    return row
+
+
+def cancel_job(session: Session, job_id: str) -> JobRow:
+    """A queued job is canceled at once, a running one asked to stop; one that is over stays as it is."""
+    change = update(JobRow).where(JobRow.id == job_id).execution_options(synchronize_session="fetch")
+    bump = {"revision": JobRow.revision + 1}
+    session.execute(change.where(JobRow.status == "queued").values(status="canceled", finished_at=now(), **bump))
+    session.execute(change.where(JobRow.status == "running").values(status="canceling", **bump))
+    return session.get_one(JobRow, job_id, populate_existing=True)
+
+
+def delete_job(session: Session, job_id: str) -> None:
+    """Remove the job and all it recorded. Raises InvalidState while it runs."""
+    idle = JobRow.status.in_([*TERMINAL, "queued"])
+    if session.scalar(delete(JobRow).where(JobRow.id == job_id, idle).returning(JobRow.id)) is None:
+        raise InvalidState(f"{job_id} is running; cancel it first")

@@ -1,0 +1,118 @@
+"""Verbs of whoever runs jobs: claim, heartbeat, record, end.
+
+A claim gives a token (job, attempt). Every write carries it and is refused once another attempt owns the job, so
+that a worker that slept through its lease can do no harm when it wakes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, Update, select, update
+from sqlalchemy.orm import Session
+
+from service.errors import LostJob
+from service.store.jobs import now
+from service.store.tables import JobRow, Status
+
+HELD: tuple[Status, ...] = ("running", "canceling")
+
+
+@dataclass(frozen=True)
+class Token:
+    """The right to write to a job."""
+
+    job_id: str
+    attempt: int
+
+
+def _next_in_line() -> Select[str]:
+    line = (JobRow.priority.desc(), JobRow.created_at, JobRow.id)
+    return select(JobRow.id).where(JobRow.status == "queued").order_by(*line).limit(1)
+
+
+def anything_queued(session: Session) -> bool:
+    """Whether a claim may succeed: a read, so that idle workers take no write lock."""
+    return session.scalar(_next_in_line()) is not None
+
+
+def claim_next(session: Session, worker: str) -> JobRow | None:
+    """Take the next job in line: exactly one of many callers gets it."""
+    chosen = _next_in_line().with_for_update(skip_locked=True).scalar_subquery()
+    claim = (
+        update(JobRow)
+        .where(JobRow.id == chosen, JobRow.status == "queued")
+        .values(
+            status="running",
+            worker=worker,
+            attempt=JobRow.attempt + 1,
+            heartbeat=JobRow.heartbeat + 1,
+            revision=JobRow.revision + 1,
+            started_at=now(),
+            done=0,
+        )
+        .returning(JobRow)
+    )
+    return session.scalars(claim, execution_options={"populate_existing": True}).one_or_none()
+
+
+def _held(token: Token) -> Update:
+    mine = (JobRow.id == token.job_id, JobRow.attempt == token.attempt, JobRow.status.in_(HELD))
+    return update(JobRow).where(*mine)
+
+
+def heartbeat(session: Session, tokens: list[Token]) -> dict[Token, Status]:
+    """Renew the leases; the answer has the status of each job still held: a missing one is lost."""
+    beats = {}
+    for token in tokens:
+        beat = _held(token).values(heartbeat=JobRow.heartbeat + 1).returning(JobRow.status)
+        if (status := session.scalar(beat)) is not None:
+            beats[token] = status
+    return beats
+
+
+def held_jobs(session: Session) -> dict[Token, tuple[int, Status]]:
+    """Heartbeat counter and status of every job that some worker holds."""
+    columns = (JobRow.id, JobRow.attempt, JobRow.heartbeat, JobRow.status)
+    rows = session.execute(select(*columns).where(JobRow.status.in_(HELD)))
+    return {Token(job_id, attempt): (beat, status) for job_id, attempt, beat, status in rows}
+
+
+def record_progress(session: Session, token: Token, done: int, environment: dict[str, Any] | None = None) -> Status:
+    """Say how far the job is; the answer tells a runner that it shall stop. Raises LostJob."""
+    values: dict[str, Any] = {"done": done, "revision": JobRow.revision + 1}
+    if environment is not None:
+        values["environment"] = environment
+    status: Status | None = session.scalar(_held(token).values(values).returning(JobRow.status))
+    if status is None:
+        raise LostJob(f"{token} no longer holds the job")
+    return status
+
+
+def end(session: Session, token: Token, status: Status, error: dict[str, str] | None = None) -> None:
+    """Finish the job. A success stands even when a cancel came in between. Raises LostJob."""
+    values = {"status": status, "error": error, "finished_at": now(), "revision": JobRow.revision + 1}
+    if session.scalar(_held(token).values(values).returning(JobRow.id)) is None:
+        raise LostJob(f"{token} no longer holds the job")
+
+
+def release(session: Session, token: Token) -> None:
+    """Put the job back in line, as a worker does that is told to stop: a deploy is no failed attempt."""
+    status = session.scalar(select(JobRow.status).where(JobRow.id == token.job_id))
+    if status == "canceling":
+        end(session, token, "canceled")
+        return
+    back = {"status": "queued", "worker": None, "done": 0, "revision": JobRow.revision + 1}
+    session.execute(_held(token).values(back))
+
+
+def record_crash(session: Session, token: Token, reason: str, max_attempts: int) -> None:
+    """The attempt died without a word: try again, or after `max_attempts` crashes fail the job."""
+    crashes = session.scalar(_held(token).values(crashes=JobRow.crashes + 1).returning(JobRow.crashes))
+    if crashes is None:
+        return  # Another attempt owns the job, or it ended: there is nothing to put right.
+    if crashes < max_attempts:
+        release(session, token)
+        return
+    detail = f"{reason}; that was attempt {crashes} of {max_attempts}"
+    error = {"type": "worker-crashed", "title": "The process that ran the job died", "detail": detail}
+    end(session, token, "failed", error)

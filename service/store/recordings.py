@@ -1,0 +1,129 @@
+"""What an experiment records, and how it is read back: arrays in, arrays out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from sqlalchemy import ColumnElement, delete, func, insert, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from service.lowrank.ranks import Array
+from service.store.queue import Token
+from service.store.tables import CutRow, EpochRow, SpectrumRow
+
+FLOAT64 = np.dtype("<f8")
+
+
+class Epoch(NamedTuple):
+    """One recorded epoch: losses and R² (null where they do not exist), σ of W and of W − W₀ by layer."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float | None
+    train_r2: float | None
+    validation_r2: float | None
+    spectra: dict[str, tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class EpochRange:
+    """The epochs from `first` to `last`, every `stride`-th of those recorded counted from the first in range."""
+
+    first: int = 0
+    last: int | None = None
+    stride: int = 1
+
+    def holds(self, column: InstrumentedAttribute[int]) -> list[ColumnElement[bool]]:
+        """The range as conditions on a column of epochs; the stride is left to the caller."""
+        return [column >= self.first, *([column <= self.last] if self.last is not None else [])]
+
+
+def clear_recording(session: Session, token: Token) -> None:
+    """Forget what an earlier attempt recorded; the new one starts at epoch 0."""
+    for table in (EpochRow, SpectrumRow, CutRow):
+        session.execute(delete(table).where(table.job_id == token.job_id))
+
+
+def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
+    """Store recorded epochs; the caller has just proved its token in the same transaction."""
+    if not epochs:
+        return
+    session.execute(insert(EpochRow), [{"job_id": token.job_id, **_losses(epoch)} for epoch in epochs])
+    rows = [
+        {
+            "job_id": token.job_id,
+            "layer": layer,
+            "epoch": epoch.epoch,
+            "weights": _to_blob(weights),
+            "updates": _to_blob(updates),
+        }
+        for epoch in epochs
+        for layer, (weights, updates) in epoch.spectra.items()
+    ]
+    session.execute(insert(SpectrumRow), rows)
+
+
+def _losses(epoch: Epoch) -> dict[str, Any]:
+    return {name: value for name, value in epoch._asdict().items() if name != "spectra"}
+
+
+def add_cuts(session: Session, token: Token, cuts: dict[str, tuple[Array, Array]]) -> None:
+    """Store validation loss and R² after cutting each layer to rank 1…k, arrays of shape (k,)."""
+    rows = [
+        {"job_id": token.job_id, "layer": layer, "losses": _to_blob(losses), "r2": _to_blob(r2)}
+        for layer, (losses, r2) in cuts.items()
+    ]
+    session.execute(insert(CutRow), rows)
+
+
+def last_epoch(session: Session, job_id: str) -> int | None:
+    """The last epoch recorded so far."""
+    return session.scalar(select(func.max(EpochRow.epoch)).where(EpochRow.job_id == job_id))
+
+
+def recorded_epochs(session: Session, job_id: str, epochs: EpochRange) -> list[int]:
+    """The recorded epochs in the range, in order."""
+    inside = (EpochRow.job_id == job_id, *epochs.holds(EpochRow.epoch))
+    return list(session.scalars(select(EpochRow.epoch).where(*inside).order_by(EpochRow.epoch)))[:: epochs.stride]
+
+
+def losses(session: Session, job_id: str, epochs: Sequence[int]) -> list[dict[str, Any]]:
+    """Epoch, losses and R² of the epochs, in their order."""
+    columns = (
+        EpochRow.epoch,
+        EpochRow.train_loss,
+        EpochRow.validation_loss,
+        EpochRow.train_r2,
+        EpochRow.validation_r2,
+    )
+    query = select(*columns).where(EpochRow.job_id == job_id, *_among(EpochRow.epoch, epochs))
+    wanted = set(epochs)
+    return [dict(row) for row in session.execute(query.order_by(EpochRow.epoch)).mappings() if row.epoch in wanted]
+
+
+def spectra(session: Session, job_id: str, layer: str, epochs: Sequence[int], *, of: str) -> Array:
+    """Singular values of shape (len(epochs), k) of `of`, which is "weights" or "update"."""
+    column = SpectrumRow.weights if of == "weights" else SpectrumRow.updates
+    here = (SpectrumRow.job_id == job_id, SpectrumRow.layer == layer, *_among(SpectrumRow.epoch, epochs))
+    query = select(SpectrumRow.epoch, column).where(*here).order_by(SpectrumRow.epoch)
+    wanted = set(epochs)
+    blobs = [blob for epoch, blob in session.execute(query) if epoch in wanted]
+    return np.frombuffer(b"".join(blobs), FLOAT64).reshape(len(epochs), -1)
+
+
+def cuts(session: Session, job_id: str, layer: str) -> tuple[Array, Array] | None:
+    """Validation losses and R² by rank, each of shape (k,); None before the run has succeeded."""
+    row = session.get(CutRow, (job_id, layer))
+    return None if row is None else (np.frombuffer(row.losses, FLOAT64), np.frombuffer(row.r2, FLOAT64))
+
+
+def _among(column: InstrumentedAttribute[int], epochs: Sequence[int]) -> list[ColumnElement[bool]]:
+    if len(epochs) <= 500:
+        return [column.in_(epochs)]
+    # A statement has room for so many variables: beyond them the bounds, and the caller filters.
+    return [column >= epochs[0], column <= epochs[-1]]
+
+
+def _to_blob(values: Array) -> bytes:
+    return np.ascontiguousarray(values, FLOAT64).tobytes()

@@ -1,0 +1,88 @@
+"""The tables. A row of `jobs` is the job: its specification, its place in the queue and its state.
+
+Times are integer microseconds of the Unix epoch (for people and for order, never for deciding who is alive).
+Arrays are BLOBs of little-endian float64, because a NaN in a REAL column comes back as NULL.
+"""
+
+from typing import Any, Literal
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
+TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
+
+
+class Base(DeclarativeBase):
+    """Base of every table."""
+
+
+class JobRow(Base):
+    """One job of any kind; `attempt` grows with every claim and guards every write of whoever runs it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("jobs_by_owner", "owner", "kind", "created_at", "id"),
+        Index("jobs_in_line", "status", "priority", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    owner: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str | None] = mapped_column(String(200))
+    tags: Mapped[dict[str, str]] = mapped_column(JSON)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    priority: Mapped[int] = mapped_column(Integer)
+    status: Mapped[Status] = mapped_column(String(12))
+    attempt: Mapped[int] = mapped_column(Integer)
+    crashes: Mapped[int] = mapped_column(Integer)
+    heartbeat: Mapped[int] = mapped_column(BigInteger)
+    worker: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    started_at: Mapped[int | None] = mapped_column(BigInteger)
+    finished_at: Mapped[int | None] = mapped_column(BigInteger)
+    done: Mapped[int] = mapped_column(Integer)
+    total: Mapped[int] = mapped_column(Integer)
+    error: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
+    environment: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    revision: Mapped[int] = mapped_column(Integer)
+
+
+def _job_key() -> Mapped[str]:
+    return mapped_column(String(36), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+
+
+class EpochRow(Base):
+    """Losses and R² of one recorded epoch; null where there is no validation set or a target is constant."""
+
+    __tablename__ = "epochs"
+
+    job_id: Mapped[str] = _job_key()
+    epoch: Mapped[int] = mapped_column(Integer, primary_key=True)
+    train_loss: Mapped[float]
+    validation_loss: Mapped[float | None]
+    train_r2: Mapped[float | None]
+    validation_r2: Mapped[float | None]
+
+
+class SpectrumRow(Base):
+    """Singular values, largest first, of one layer's weight W and of its update W − W₀ at one epoch."""
+
+    __tablename__ = "spectra"
+
+    job_id: Mapped[str] = _job_key()
+    layer: Mapped[str] = mapped_column(String(8), primary_key=True)
+    epoch: Mapped[int] = mapped_column(Integer, primary_key=True)
+    weights: Mapped[bytes] = mapped_column(LargeBinary)
+    updates: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class CutRow(Base):
+    """Validation loss and R² of the trained network with one layer cut to rank 1, 2, …, k."""
+
+    __tablename__ = "cuts"
+
+    job_id: Mapped[str] = _job_key()
+    layer: Mapped[str] = mapped_column(String(8), primary_key=True)
+    losses: Mapped[bytes] = mapped_column(LargeBinary)
+    r2: Mapped[bytes] = mapped_column(LargeBinary)

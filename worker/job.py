@@ -1,0 +1,58 @@
+"""A job's own process: set up, do what its kind asks, and end it in the database, whatever happens."""
+
+import logging
+import signal
+import threading
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from service import store
+from service.errors import JobFailed, LostJob
+from service.processes import end_with_parent
+from service.settings import Settings
+from service.store import Token
+from worker import experiment
+from worker.recorder import Canceled, Recorder
+
+log = logging.getLogger("worker.job")
+
+
+def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> None:
+    """Run one job to its end. The process exits afterwards; nothing is raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the worker decides.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(settings.threads)
+    database = store.connect(settings)
+    try:
+        with threadpool_limits(settings.threads):
+            _work(settings, Recorder(database, token), kind, spec)
+    except LostJob as error:
+        log.warning("%s; this attempt stops", error)
+    finally:
+        database.engine.dispose()
+
+
+def _work(settings: Settings, recorder: Recorder, kind: str, spec: dict[str, Any]) -> None:
+    try:
+        match kind:
+            case "experiment":
+                experiment.run(settings, recorder, spec)
+            case _:
+                raise JobFailed(f"this worker does not know jobs of kind {kind!r}")
+    except Canceled:
+        recorder.end("canceled")
+    except JobFailed as error:
+        recorder.end("failed", {"type": error.kind, "title": error.title, "detail": error.detail})
+    except MemoryError:
+        detail = "the job needed more memory than there was; take a smaller network or fewer samples"
+        recorder.end("failed", {"type": "out-of-memory", "title": "Out of memory", "detail": detail})
+    except LostJob:
+        raise
+    except Exception as error:
+        log.exception("job %s failed", recorder.token.job_id)
+        detail = f"an unexpected {type(error).__name__}; the worker's log has it under the job's id"
+        recorder.end("failed", {"type": JobFailed.kind, "title": JobFailed.title, "detail": detail})

@@ -1,0 +1,183 @@
+"""The worker's own process: claim jobs, run each in a child, keep its lease, see it end.
+
+It imports neither torch nor numpy's linear algebra: all it does is look at the database and at its children.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+
+from sqlalchemy.exc import OperationalError
+
+from service import store
+from service.settings import Settings
+from service.store import Status, Token
+from worker import engines
+
+log = logging.getLogger("worker")
+CANCEL_GRACE_S = 0.4  # A child looks for a cancel at every commit; one inside a long step is ended from outside.
+EXIT_GRACE_S = 5.0
+
+
+@dataclass
+class Running:
+    """A child and the job it has."""
+
+    process: BaseProcess
+    started: float
+    cancel_seen: float | None = None
+
+
+class Supervisor:
+    """One worker: at most `settings.jobs` children at a time."""
+
+    def __init__(self, settings: Settings, *, tied: bool = False) -> None:
+        self.settings = settings
+        self.database = store.connect(settings)
+        self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.running: dict[Token, Running] = {}
+        self.leases: dict[Token, tuple[int, float]] = {}
+        self.next_beat = 0.0
+        self.stopping = False
+        self.wake, self._woken = socket.socketpair()
+        self.watched = [self._woken, *([sys.stdin.fileno()] if tied else [])]
+
+    def run(self) -> None:
+        """Work until a signal comes; then give back what runs and return."""
+        self._listen_to_signals()
+        store.migrate(self.database, self.settings)
+        engines.warm_up()
+        log.info("worker %s is ready", self.name)
+        while not self.stopping:
+            sentinels = [job.process.sentinel for job in self.running.values()]
+            ready = wait([*self.watched, *sentinels], timeout=self.settings.poll_s)
+            self.stopping |= any(watched in ready for watched in self.watched)
+            if not self.stopping:
+                self._look()
+        self._give_back()
+        log.info("worker %s has stopped", self.name)
+
+    def _listen_to_signals(self) -> None:
+        self.wake.setblocking(False)
+        signal.set_wakeup_fd(self.wake.fileno())
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            if self.stopping:
+                os._exit(1)  # Asked twice: at once. The leases run out and others take over.
+            self.stopping = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    def _look(self) -> None:
+        """One turn: the database may be away for a while; the children go on without it."""
+        try:
+            self._collect()
+            self._obey()
+            if time.monotonic() >= self.next_beat:
+                self.next_beat = time.monotonic() + self.settings.heartbeat_s
+                self._beat()
+            self._claim()
+        except OperationalError as error:
+            log.warning("the database does not answer: %s", error.orig)
+
+    def _collect(self) -> None:
+        """Take note of children that have ended; one that ended its job itself has left nothing to do."""
+        for token, job in list(self.running.items()):
+            if job.process.exitcode is None:
+                continue
+            reason = f"its process ended with exit code {job.process.exitcode}"
+            with self.database.write.begin() as session:
+                store.record_crash(session, token, reason, self.settings.max_attempts)
+            self._forget(token)
+
+    def _forget(self, token: Token) -> None:
+        job = self.running.pop(token)
+        job.process.join()
+        job.process.close()
+
+    def _obey(self) -> None:
+        """End children whose jobs were canceled, taken over by others, or have run for too long."""
+        if not self.running:
+            return
+        with self.database.read.begin() as session:
+            held = store.held_jobs(session)
+        now = time.monotonic()
+        for token, job in self.running.items():
+            if token not in held:
+                # Over or taken over: a child that has just ended its job needs a moment to exit.
+                job.cancel_seen = job.cancel_seen or now
+            elif held[token][1] == "canceling":
+                job.cancel_seen = job.cancel_seen or now
+            elif now - job.started > self.settings.job_limit_s:
+                self._time_out(token)
+            if job.cancel_seen is not None and now - job.cancel_seen > CANCEL_GRACE_S:
+                job.process.kill()
+
+    def _time_out(self, token: Token) -> None:
+        detail = f"it ran longer than {self.settings.job_limit_s:g} s"
+        error = {"type": "timed-out", "title": "The job took too long", "detail": detail}
+        with self.database.write.begin() as session:
+            store.end(session, token, "failed", error)
+        self.running[token].process.kill()
+
+    def _beat(self) -> None:
+        """Renew our leases and take note of those of others; one unchanged for too long is broken.
+
+        Every worker measures on its own monotonic clock how long it has seen a counter stand still.
+        """
+        now = time.monotonic()
+        if self.running:
+            with self.database.write.begin() as session:
+                store.heartbeat(session, list(self.running))
+        with self.database.read.begin() as session:
+            held = store.held_jobs(session)
+        foreign = {token: beat for token, beat in held.items() if token not in self.running}
+        self.leases = {token: self._seen(token, beat, now) for token, (beat, _) in foreign.items()}
+        for token, (_, since) in self.leases.items():
+            if now - since > self.settings.lease_s:
+                self._take_over(token, foreign[token][1])
+
+    def _seen(self, token: Token, beat: int, now: float) -> tuple[int, float]:
+        known = self.leases.get(token)
+        return known if known is not None and known[0] == beat else (beat, now)
+
+    def _take_over(self, token: Token, status: Status) -> None:
+        log.warning("the lease of %s (%s) has run out", token, status)
+        with self.database.write.begin() as session:
+            store.record_crash(session, token, "its worker went silent", self.settings.max_attempts)
+
+    def _claim(self) -> None:
+        while len(self.running) < self.settings.jobs:
+            with self.database.read.begin() as session:
+                if not store.anything_queued(session):
+                    return
+            with self.database.write.begin() as session:
+                row = store.claim_next(session, self.name)
+            if row is None:
+                return
+            token = Token(row.id, row.attempt)
+            log.info("starting %s %s, attempt %d", row.kind, row.id, row.attempt)
+            process = engines.start(self.settings, token, row.kind, row.spec)
+            self.running[token] = Running(process, time.monotonic())
+
+    def _give_back(self) -> None:
+        """End the children and put their jobs back in line: a deploy is no failed attempt."""
+        for job in self.running.values():
+            job.process.terminate()
+        for token, job in list(self.running.items()):
+            job.process.join(EXIT_GRACE_S)
+            if job.process.exitcode is None:
+                job.process.kill()
+            with self.database.write.begin() as session:
+                store.release(session, token)
+            self._forget(token)
+        self.database.engine.dispose()
