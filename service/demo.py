@@ -86,7 +86,7 @@ def _follow(client: httpx.Client, experiment_id: str, console: Console) -> dict[
         last = -1
         while True:
             state: dict[str, Any] = _checked(client.get(path)).json()
-            query = {"layer": "W2", "from": last + 1}
+            query: dict[str, str | int] = {"layer": "W2", "from": last + 1}
             for epoch in _checked(client.get(f"{path}/metrics", params=query)).json()["epochs"]:
                 last = epoch["epoch"]
                 rank = epoch["layers"][0]["entropy_rank"]

@@ -54,7 +54,8 @@ class Workers:
 
 def environment(settings: Settings) -> dict[str, str]:
     """The settings as the environment variables that give them to a subprocess."""
-    return {f"RANKSCOPE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+    set_ones = settings.model_dump(exclude_none=True)
+    return {f"RANKSCOPE_{name.upper()}": str(value) for name, value in set_ones.items()}
 
 
 def serve(settings: Settings, host: str, port: int, workers: int, *, tied: bool) -> None:
@@ -72,8 +73,12 @@ def serve(settings: Settings, host: str, port: int, workers: int, *, tied: bool)
     def stop(*_: object) -> None:
         server.should_exit = True
 
+    def stop_at_end_of_input() -> None:
+        sys.stdin.buffer.read()
+        stop()
+
     if tied:
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), stop()), daemon=True).start()
+        threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again when it has stopped: the default action would end us before the workers.
         signal.signal(number, stop)

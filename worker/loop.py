@@ -135,6 +135,8 @@ class Supervisor:
         Every worker measures on its own monotonic clock how long it has seen a counter stand still.
         """
         now = time.monotonic()
+        if self.settings.alive_file is not None:
+            self.settings.alive_file.touch()
         if self.running:
             with self.database.write.begin() as session:
                 store.heartbeat(session, list(self.running))

@@ -102,14 +102,14 @@ def losses(session: Session, job_id: str, epochs: Sequence[int]) -> list[dict[st
     return [dict(row) for row in session.execute(query.order_by(EpochRow.epoch)).mappings() if row.epoch in wanted]
 
 
-def spectra(session: Session, job_id: str, layer: str, epochs: Sequence[int], *, of: str) -> Array:
-    """Singular values of shape (len(epochs), k) of `of`, which is "weights" or "update"."""
+def spectra(session: Session, job_id: str, layer: str, k: int, epochs: Sequence[int], *, of: str) -> Array:
+    """Singular values of shape (len(epochs), k) of `of`, which is "weights" or "update"; epochs in order."""
     column = SpectrumRow.weights if of == "weights" else SpectrumRow.updates
     here = (SpectrumRow.job_id == job_id, SpectrumRow.layer == layer, *_among(SpectrumRow.epoch, epochs))
     query = select(SpectrumRow.epoch, column).where(*here).order_by(SpectrumRow.epoch)
     wanted = set(epochs)
     blobs = [blob for epoch, blob in session.execute(query) if epoch in wanted]
-    return np.frombuffer(b"".join(blobs), FLOAT64).reshape(len(epochs), -1)
+    return np.frombuffer(b"".join(blobs), FLOAT64).reshape(len(epochs), k)
 
 
 def cuts(session: Session, job_id: str, layer: str) -> tuple[Array, Array] | None:

@@ -41,10 +41,10 @@ def upgrade() -> None:
         "epochs",
         _job_key(),
         sa.Column("epoch", sa.Integer, primary_key=True),
-        sa.Column("train_loss", sa.Float, nullable=False),
-        sa.Column("validation_loss", sa.Float),
-        sa.Column("train_r2", sa.Float),
-        sa.Column("validation_r2", sa.Float),
+        sa.Column("train_loss", sa.Double, nullable=False),
+        sa.Column("validation_loss", sa.Double),
+        sa.Column("train_r2", sa.Double),
+        sa.Column("validation_r2", sa.Double),
     )
     op.create_table(
         "spectra",

@@ -1,0 +1,210 @@
+"""The spectra of an experiment in every representation: numbers, arrays and pictures."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from service import files, representations, store, views
+from service.context import OWNER, Context, Here
+from service.errors import BadRequestValue, BudgetExceeded, SpectrumNotReady
+from service.http import choose_format, etag, matches
+from service.lowrank import describe, normalized
+from service.lowrank.ranks import Array
+from service.pictures import Chart, Size, Spectrum
+from service.representations import MEDIA_TYPES
+from service.schemas import ExperimentSpec
+from service.store import EpochRange, JobRow
+
+router = APIRouter(prefix="/experiments", tags=["experiments"])
+ANSWER_LIMIT = 2 * 10**6
+STORED_DTYPE = "float32"  # of every network the trainer makes
+PICTURES = {"png", "svg", "gif"}
+ONE_LAYER = {"npy", *PICTURES}
+
+
+class EpochQuery(BaseModel):
+    """Which layers and epochs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str | None = Field(None, description="beats the Accept header")
+    layer: str | None = Field(None, max_length=3, description="W1, W2, …, or all")
+    first: int = Field(0, alias="from", ge=0, le=100_000, description="first epoch")
+    last: int | None = Field(None, alias="to", ge=0, le=100_000, description="last epoch")
+    stride: int = Field(1, ge=1, le=100_000, description="every stride-th of the recorded epochs")
+    of: Literal["weights", "update"] = Field("weights", description="W, or W − W₀")
+
+    @property
+    def epochs(self) -> EpochRange:
+        """The epochs asked for."""
+        return EpochRange(self.first, self.last, self.stride)
+
+
+class SpectrumQuery(EpochQuery):
+    """And what of their spectra, drawn how."""
+
+    top_k: int | None = Field(None, ge=1, le=4096, description="only the largest singular values")
+    normalize: bool = Field(False, description="add s*_j, the singular values over their sum")
+    scale: Literal["log", "linear"] = "linear"
+    width: int = Field(640, ge=160, le=2000, description="pixels")
+    height: int = Field(400, ge=120, le=2000, description="pixels")
+    dpi: int = Field(100, ge=50, le=200)
+    frames: int = Field(200, ge=1, le=200, description="at most so many frames, evenly thinned")
+    fps: int = Field(10, ge=1, le=25)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is asked for of what is recorded: epochs, and σ of shape (epochs, k) by layer."""
+
+    row: JobRow
+    spec: ExperimentSpec
+    epochs: list[int]
+    spectra: dict[str, Array]
+    losses: list[dict[str, Any]]
+
+
+@router.get("/{experiment_id}/spectrum", responses={200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}})
+def spectrum(here: Here, request: Request, experiment_id: str, query: Annotated[SpectrumQuery, Query()]) -> Response:
+    """Singular values of one layer (W2 unless `layer` says otherwise), or of all, by epoch."""
+    form = choose_format(query.format, request.headers.get("accept"), MEDIA_TYPES)
+    with here.database.read.begin() as session:
+        row = store.get_job(session, "experiment", OWNER, experiment_id)
+        last = store.last_epoch(session, row.id)
+        tag = _tag(row, last, form, query)
+        headers = {"etag": tag, "vary": "Accept", **views.caching(row)}
+        if matches(request.headers.get("if-none-match"), tag):
+            return Response(status_code=304, headers=headers)
+        if last is None and form not in {"json", "jsonl", "csv"}:
+            raise SpectrumNotReady(f"the experiment is {row.status}, and epoch 0 is not recorded")
+        recording = _load(session, row, query, form)
+    content = (
+        _picture(here, recording, query, form, tag) if form in PICTURES else _numbers(recording, query, form, last)
+    )
+    return Response(content, headers=headers, media_type=MEDIA_TYPES[form])
+
+
+def _tag(row: JobRow, last: int | None, form: str, query: SpectrumQuery) -> str:
+    # The name is drawn into the pictures, and the status is in the JSON.
+    return etag(row.id, row.attempt, row.status, last, row.name, form, query.model_dump_json())
+
+
+def chosen_layers(spec: ExperimentSpec, layer: str | None, default: str) -> list[str]:
+    """The layers that a view shows. Raises BadRequestValue for one that is not recorded."""
+    recorded = spec.recorded_layers
+    wanted = layer or (default if default in {"all", *recorded} else recorded[0])
+    if wanted == "all":
+        return recorded
+    if wanted not in recorded:
+        raise BadRequestValue("layer", layer, f"must be all or one of {', '.join(recorded)}")
+    return [wanted]
+
+
+def _load(session: Session, row: JobRow, query: SpectrumQuery, form: str) -> Recording:
+    spec = ExperimentSpec.model_validate(row.spec)
+    layers = chosen_layers(spec, query.layer, "all" if form == "npz" else "W2")
+    if form in ONE_LAYER and len(layers) != 1:
+        raise BadRequestValue("layer", query.layer, f"{form} holds one layer; npz, json, jsonl and csv hold all")
+    epochs = store.recorded_epochs(session, row.id, query.epochs)
+    epochs = _shown(epochs, query, form)
+    if not epochs and form not in {"json", "jsonl", "csv"}:
+        raise BadRequestValue("from", query.first, "no recorded epoch lies in the range")
+    check_size(spec, layers, len(epochs) * (1 + query.normalize), form, query.top_k)
+    spectra = {
+        layer: store.spectra(session, row.id, layer, min(spec.shapes[layer]), epochs, of=query.of) for layer in layers
+    }
+    return Recording(row, spec, epochs, spectra, store.losses(session, row.id, epochs))
+
+
+def _shown(epochs: list[int], query: SpectrumQuery, form: str) -> list[int]:
+    """The epochs that a representation shows: a still picture the first and the last, a GIF a thinned history."""
+    if form in {"png", "svg"} and len(epochs) > 1:
+        return [epochs[0], epochs[-1]]
+    if form == "gif" and len(epochs) > query.frames:
+        places = np.linspace(0, len(epochs) - 1, query.frames).round().astype(int)
+        return [epochs[place] for place in places]
+    return epochs
+
+
+def check_size(spec: ExperimentSpec, layers: list[str], rows: int, form: str, top_k: int | None = None) -> None:
+    """Raise BudgetExceeded for text that nobody wants to parse; arrays are bounded by what may be recorded."""
+    values = rows * sum(min(*spec.shapes[layer], top_k or 4096) for layer in layers)
+    if form in {"json", "jsonl", "csv"} and values > ANSWER_LIMIT:
+        raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, "use stride, top_k or format=npy")
+
+
+def _numbers(recording: Recording, query: SpectrumQuery, form: str, last: int | None) -> bytes:
+    top = slice(query.top_k)
+    values = {layer: s[:, top] for layer, s in recording.spectra.items()}
+    scaled = {layer: normalized(s)[:, top] for layer, s in recording.spectra.items()} if query.normalize else {}
+    match form:
+        case "npy":
+            return representations.to_npy(next(iter((scaled or values).values())))
+        case "npz":
+            extra = {f"{layer}_normalized": s for layer, s in scaled.items()}
+            return representations.to_npz({"epochs": np.array(recording.epochs), **values, **extra})
+        case "csv":
+            columns = {"value": values, **({"normalized": scaled} if scaled else {})}
+            return representations.spectrum_csv(recording.epochs, columns)
+    epochs = _epoch_objects(recording, values, scaled)
+    if form == "jsonl":
+        return representations.to_jsonl(epochs)
+    row = recording.row
+    shapes = [{"name": layer, "shape": recording.spec.shapes[layer]} for layer in recording.spectra]
+    return representations.to_json({
+        "experiment_id": row.id,
+        "status": row.status,
+        "complete": row.status == "succeeded",
+        "last_epoch": last,
+        "of": query.of,
+        "layers": shapes,
+        "epochs": epochs,
+    })  # fmt: skip
+
+
+def _epoch_objects(recording: Recording, values: dict[str, Array], scaled: dict[str, Array]) -> list[dict[str, Any]]:
+    described = {
+        layer: describe(s, recording.spec.shapes[layer], STORED_DTYPE) for layer, s in recording.spectra.items()
+    }
+    return [
+        {
+            "epoch": epoch,
+            "layers": [
+                {
+                    "name": layer,
+                    "singular_values": values[layer][i],
+                    **({"normalized": scaled[layer][i]} if scaled else {}),
+                    **described[layer][i],
+                }
+                for layer in values
+            ],
+        }
+        for i, epoch in enumerate(recording.epochs)
+    ]
+
+
+def _picture(here: Context, recording: Recording, query: SpectrumQuery, form: str, tag: str) -> bytes:
+    row = recording.row
+    ((layer, s),) = recording.spectra.items()
+    shares, ranks = normalized(s), describe(s, recording.spec.shapes[layer], STORED_DTYPE)
+    shown = [
+        Spectrum(
+            epoch=losses["epoch"],
+            values=shares[i],
+            train_loss=losses["train_loss"],
+            validation_loss=losses["validation_loss"],
+            entropy_rank=ranks[i]["entropy_rank"],
+            stable_rank=ranks[i]["stable_rank"],
+        )
+        for i, losses in enumerate(recording.losses)
+    ]
+    title = row.name or recording.spec.preset
+    chart = Chart(title, layer, recording.spec.shapes[layer], query.of, query.scale)
+    size = Size(query.width, query.height, query.dpi)
+    path = files.picture_path(here.settings.data, row.id, tag.strip('"'), form)
+    timing = (query.fps,) if form == "gif" else ()
+    return here.drawing.draw(path, f"spectrum_{form}", shown, chart, size, *timing)

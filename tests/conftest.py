@@ -1,0 +1,154 @@
+"""Real parts for the tests: a server on a port with its worker, databases in files, finished experiments."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from service import store
+from service.settings import Settings
+from service.store import Database
+
+OVER = {"succeeded", "failed", "canceled"}
+
+
+def wait_for(found: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
+    """The first true answer of `found`; the limit is only there to end a test that has failed."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if answer := found():
+            return answer
+        time.sleep(0.02)
+    raise AssertionError(f"waited {limit_s} s in vain for {what}")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `rankscope serve`."""
+
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    data: Path
+    log: Path
+
+    def post(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Post an experiment that is accepted."""
+        answer = self.client.post("/experiments", json=spec)
+        assert answer.status_code == 202, answer.text
+        return answer.json()
+
+    def read(self, experiment_id: str) -> dict[str, Any]:
+        """The experiment's state now."""
+        answer = self.client.get(f"/experiments/{experiment_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def wait(self, experiment_id: str, *statuses: str) -> dict[str, Any]:
+        """The experiment once it has one of the statuses, or is over."""
+        wanted = set(statuses) or OVER
+
+        def reached() -> dict[str, Any] | None:
+            state = self.read(experiment_id)
+            return state if state["status"] in wanted | OVER else None
+
+        return wait_for(reached, f"{experiment_id} to be {sorted(wanted)}")
+
+    def run(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Post an experiment and wait until it is over."""
+        return self.wait(self.post(spec)["id"])
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes, without their children."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "worker" in child.cmdline()]
+
+    def job_children(self) -> list[psutil.Process]:
+        """The processes that run jobs: children of the workers' fork servers."""
+        return [
+            job
+            for worker in self.workers()
+            for helper in worker.children()
+            if "forkserver" in " ".join(helper.cmdline())
+            for job in helper.children()
+        ]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start_server(data: Path, workers: int = 1, **environment: str) -> Server:
+    """Start `rankscope serve` on a free port and wait until it answers."""
+    port, log = free_port(), data.parent / f"{data.name}.log"
+    command = [sys.executable, "-m", "service.cli", "serve", "--tied"]
+    command += [f"--port={port}", f"--data={data}", f"--workers={workers}"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **environment}
+        )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+    def healthy() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return client.get("/healthz").is_success
+        except httpx.TransportError:
+            return False
+
+    wait_for(healthy, "the server to answer")
+    return Server(process, client, data, log)
+
+
+def stop_server(server: Server) -> int:
+    """Ask the server to stop; the answer is its exit code."""
+    server.client.close()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.stdin is not None
+    code = server.process.wait(30)
+    server.process.stdin.close()
+    return code
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with one worker for all tests that only use it as a client does."""
+    running = start_server(tmp_path_factory.mktemp("server") / "data")
+    yield running
+    assert stop_server(running) == 0, running.log.read_text()
+    assert "Traceback" not in running.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def memo(server: Server) -> dict[str, Any]:
+    """The memo's experiment, finished."""
+    state = server.run({"name": "the memo"})
+    assert state["status"] == "succeeded", state["error"]
+    return state
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings with a data folder of the test's own."""
+    return Settings(data=tmp_path / "data")
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    """An empty database with the current schema."""
+    database = store.connect(settings)
+    store.migrate(database, settings)
+    yield database
+    database.engine.dispose()

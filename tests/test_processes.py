@@ -1,0 +1,144 @@
+"""Processes that die, are killed or told to stop: a real server, real workers, real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Server, start_server, stop_server, wait_for
+
+LONG = {"training": {"epochs": 100_000}, "record": {"every": 1000}}
+FAST = {"RANKSCOPE_HEARTBEAT_S": "0.1", "RANKSCOPE_LEASE_S": "1"}
+
+
+@pytest.fixture
+def own_server(tmp_path: Path):
+    """A server that this test alone may hurt."""
+    running = start_server(tmp_path / "data", **FAST)
+    yield running
+    stop_server(running)
+
+
+def job_child(server: Server) -> psutil.Process:
+    return wait_for(server.job_children, "a job's process")[0]
+
+
+def test_a_killed_child_is_tried_again_and_fails_the_third_time(own_server: Server) -> None:
+    posted = own_server.post(LONG)
+    for attempt in (1, 2, 3):
+        wait_for(lambda n=attempt: own_server.read(posted["id"])["attempt"] == n, f"attempt {attempt}")
+        child = job_child(own_server)
+        child.kill()
+        wait_for(lambda c=child: not c.is_running() or c.status() == psutil.STATUS_ZOMBIE, "its end")
+        wait_for(lambda c=child: c.pid not in psutil.pids(), "its burial")
+    state = own_server.wait(posted["id"])
+    assert (state["status"], state["error"]["type"]) == ("failed", "worker-crashed")
+    assert own_server.run({"training": {"epochs": 1}})["status"] == "succeeded"  # The worker goes on.
+
+
+def test_a_killed_worker_takes_its_children_along_and_another_does_the_job(own_server: Server) -> None:
+    posted = own_server.post({"training": {"epochs": 3000}, "record": {"every": 100}})
+    child, worker = job_child(own_server), own_server.workers()[0]
+    worker.kill()
+    wait_for(lambda: not psutil.pid_exists(child.pid), "the child to follow its worker")
+    state = own_server.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 2)
+    document = own_server.client.get(f"/experiments/{posted['id']}/spectrum").json()
+    assert [epoch["epoch"] for epoch in document["epochs"]] == list(range(0, 3001, 100))
+
+
+def test_sigterm_gives_the_running_job_back_and_the_next_server_finishes_it(tmp_path: Path) -> None:
+    first = start_server(tmp_path / "data", **FAST)
+    posted = first.post({"training": {"epochs": 3000}, "record": {"every": 100}})
+    first.wait(posted["id"], "running")
+    everyone = psutil.Process(first.process.pid).children(recursive=True)
+    assert stop_server(first) == 0
+    wait_for(lambda: not any(process.is_running() for process in everyone), "every process to end")
+    assert "Traceback" not in first.log.read_text()
+    second = start_server(tmp_path / "data", **FAST)
+    state = second.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 2)
+    assert stop_server(second) == 0
+
+
+def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data")
+    done = server.run({"training": {"epochs": 1}})
+    assert server.client.get(f"/experiments/{done['id']}/spectrum?format=png").status_code == 200
+    server.post(LONG)
+    job_child(server)
+    everyone = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(everyone) >= 4  # the worker, its fork server, the job and the drawing process
+    assert server.process.stdin is not None
+    server.process.kill()
+    server.process.wait()
+    server.process.stdin.close()
+    wait_for(lambda: not any(process.is_running() for process in everyone), "every process to end")
+    server.client.close()
+
+
+def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data", RANKSCOPE_JOB_LIMIT_S="0.3", **FAST)
+    state = server.run(LONG)
+    assert (state["status"], state["error"]["type"]) == ("failed", "timed-out")
+    stop_server(server)
+
+
+def test_a_full_queue_and_a_full_disk_refuse_new_work(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_QUEUE_LIMIT="1")
+    server.post({})
+    answer = server.client.post("/experiments", json={})
+    assert (answer.status_code, answer.json()["type"]) == (429, "/problems/queue-full")
+    assert int(answer.headers["retry-after"]) > 0
+    stop_server(server)
+    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_FREE_DISK=str(10**18))
+    answer = server.client.post("/experiments", json={})
+    assert (answer.status_code, answer.json()["type"]) == (507, "/problems/storage-full")
+    assert server.client.get("/readyz").status_code == 503
+    assert len(server.client.get("/experiments").json()["data"]) == 1  # What is stored can be read.
+    stop_server(server)
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate", "work"])
+def test_a_damaged_database_is_one_line_and_exit_code_5(tmp_path: Path, command: str) -> None:
+    (tmp_path / "rankscope.sqlite3").write_bytes(b"no database" * 1000)
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", command, f"--data={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 5
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "not a database" in done.stderr
+
+
+def test_a_server_without_keys_does_not_leave_loopback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "serve", "--host=0.0.0.0", f"--data={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "RANKSCOPE_OPEN_NETWORK" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_its_files_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "demo", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'demo'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "entropy rank" in done.stdout
+    left = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"spectrum.gif", "spectrum.png", "spectrum.json", "compression.json"} <= left
+    for wanted in (1, 3, 5):  # at moments ever later: as soon as there are so many processes
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        family = psutil.Process(process.pid)
+        wait_for(lambda f=family, n=wanted: len(f.children(recursive=True)) >= n, f"{wanted} processes", limit_s=30)
+        everyone = family.children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert b"Traceback" not in errors
+        wait_for(lambda e=everyone: not any(p.is_running() for p in e), "every process to end")

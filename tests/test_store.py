@@ -1,0 +1,263 @@
+"""The queue and the recordings on a real database file."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from service import store
+from service.errors import DatabaseUnusable, InvalidState, LostJob, NotFound, QueueFull
+from service.settings import Settings
+from service.store import Database, Epoch, EpochRange, JobRow, Page, Token
+from service.store.tables import Base
+
+JOB: dict[str, Any] = {
+    "kind": "experiment", "owner": "public", "name": None, "tags": {}, "spec": {}, "priority": "normal", "total": 3,
+}  # fmt: skip
+
+
+def create(database: Database, **changes: Any) -> str:
+    with database.write.begin() as session:
+        return store.create_job(session, {**JOB, **changes}, queue_limit=1000).id
+
+
+def claim(database: Database, worker: str = "w") -> Token:
+    with database.write.begin() as session:
+        row = store.claim_next(session, worker)
+    assert row is not None
+    return Token(row.id, row.attempt)
+
+
+def read(database: Database, job_id: str) -> JobRow:
+    with database.read.begin() as session:
+        return store.get_job(session, "experiment", "public", job_id)
+
+
+def epoch(number: int, k: int = 3) -> Epoch:
+    s = np.linspace(1, 0.5, k) + number
+    return Epoch(number, 0.5, None, 0.25, None, {"W1": (s, s / 2), "W2": (s[:2], s[:2] * 0)})
+
+
+def test_eight_threads_claim_two_hundred_jobs_each_exactly_once(database: Database) -> None:
+    jobs = {create(database) for _ in range(200)}
+    claimed: list[str] = []
+    start = threading.Barrier(8)
+
+    def work(name: str) -> None:
+        start.wait()
+        while True:
+            with database.write.begin() as session:
+                row = store.claim_next(session, name)
+            if row is None:
+                return
+            claimed.append(row.id)
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == 200
+    assert set(claimed) == jobs
+
+
+def test_the_line_is_by_priority_and_then_first_in_first_out(database: Database) -> None:
+    low, first, second, high = (create(database, priority=p) for p in ("low", "normal", "normal", "high"))
+    assert [claim(database).job_id for _ in range(4)] == [high, first, second, low]
+
+
+def test_writes_of_an_attempt_that_lost_its_job_are_refused(database: Database) -> None:
+    job = create(database)
+    late = claim(database)
+    with database.write.begin() as session:
+        store.release(session, late)
+    current = claim(database)
+    assert (current.job_id, current.attempt) == (job, late.attempt + 1)
+    for write in (
+        lambda session: store.record_progress(session, late, 1),
+        lambda session: store.end(session, late, "succeeded"),
+    ):
+        with pytest.raises(LostJob), database.write.begin() as session:
+            write(session)
+    with database.write.begin() as session:
+        store.record_crash(session, late, "too late", max_attempts=1)
+        assert store.heartbeat(session, [late, current]) == {current: "running"}
+    assert read(database, job).status == "running"
+
+
+def test_a_job_that_crashes_too_often_fails_and_says_so(database: Database) -> None:
+    job = create(database)
+    for expected in ("queued", "queued", "failed"):
+        token = claim(database)
+        with database.write.begin() as session:
+            store.record_crash(session, token, "its process died", max_attempts=3)
+        assert read(database, job).status == expected
+    error = read(database, job).error
+    assert error is not None
+    assert error["type"] == "worker-crashed"
+    assert "its process died" in error["detail"]
+
+
+def test_a_released_job_has_not_crashed(database: Database) -> None:
+    job = create(database)
+    for _ in range(5):
+        token = claim(database)
+        with database.write.begin() as session:
+            store.release(session, token)
+    assert (read(database, job).status, read(database, job).crashes) == ("queued", 0)
+
+
+def test_a_crash_while_canceling_is_a_cancel(database: Database) -> None:
+    job = create(database)
+    token = claim(database)
+    with database.write.begin() as session:
+        assert store.cancel_job(session, job).status == "canceling"
+    with database.write.begin() as session:
+        store.record_crash(session, token, "killed", max_attempts=3)
+    assert read(database, job).status == "canceled"
+
+
+def test_cancel_of_a_queued_job_is_immediate_and_of_a_finished_one_changes_nothing(database: Database) -> None:
+    job = create(database)
+    for _ in range(2):
+        with database.write.begin() as session:
+            assert store.cancel_job(session, job).status == "canceled"
+    revision = read(database, job).revision
+    with database.write.begin() as session:
+        store.cancel_job(session, job)
+    assert read(database, job).revision == revision
+
+
+def test_a_running_job_cannot_be_deleted_and_a_deleted_one_leaves_nothing(database: Database) -> None:
+    job = create(database)
+    token = claim(database)
+    with database.write.begin() as session:
+        store.add_epochs(session, token, [epoch(0)])
+    with pytest.raises(InvalidState), database.write.begin() as session:
+        store.delete_job(session, job)
+    with database.write.begin() as session:
+        store.end(session, token, "succeeded")
+        store.delete_job(session, job)
+    with pytest.raises(NotFound):
+        read(database, job)
+    with database.read.begin() as session:
+        assert store.last_epoch(session, job) is None
+        assert store.spectra(session, job, "W1", 3, [], of="weights").shape == (0, 3)
+
+
+def test_the_queue_has_an_end(database: Database) -> None:
+    create(database)
+    with database.write.begin() as session, pytest.raises(QueueFull, match="limit is 1"):
+        store.create_job(session, JOB, queue_limit=1)
+
+
+def test_what_is_recorded_comes_back_bit_for_bit(database: Database) -> None:
+    job = create(database)
+    token = claim(database)
+    with database.write.begin() as session:
+        store.add_epochs(session, token, [epoch(n) for n in range(0, 1200, 2)])
+    with database.read.begin() as session:
+        epochs = store.recorded_epochs(session, job, EpochRange(first=3, last=1000, stride=3))
+        assert epochs == list(range(4, 1001, 6))
+        s = store.spectra(session, job, "W1", 3, epochs, of="weights")
+        np.testing.assert_array_equal(s, [epoch(n).spectra["W1"][0] for n in epochs])
+        updates = store.spectra(session, job, "W2", 2, list(range(0, 1200, 2)), of="update")
+        assert updates.shape == (600, 2)
+        assert not updates.any()
+        losses = store.losses(session, job, epochs[:2])
+        assert losses[1] == {
+            "epoch": 10, "train_loss": 0.5, "validation_loss": None, "train_r2": 0.25, "validation_r2": None,
+        }  # fmt: skip
+
+
+def test_a_new_attempt_forgets_what_the_old_one_recorded(database: Database) -> None:
+    job = create(database)
+    token = claim(database)
+    with database.write.begin() as session:
+        store.add_epochs(session, token, [epoch(0), epoch(1)])
+        store.add_cuts(session, token, {"W2": (np.ones(2), np.array([np.nan, 0.5]))})
+        np.testing.assert_array_equal(store.cuts(session, job, "W2") or (), [[1, 1], [np.nan, 0.5]])
+        store.clear_recording(session, token)
+        assert store.last_epoch(session, job) is None
+        assert store.cuts(session, job, "W2") is None
+
+
+def test_pages_are_whole_and_in_order_whatever_the_filter(database: Database) -> None:
+    jobs = [create(database, name=f"{'Ab' if i % 2 else 'ab'}{i}", tags={"even": str(i % 2 == 0)}) for i in range(7)]
+
+    def pages(**filters: Any) -> list[str]:
+        seen: list[str] = []
+        after = None
+        while True:
+            with database.read.begin() as session:
+                rows = store.list_jobs(session, "experiment", "public", Page(limit=2, after=after, **filters))
+            seen += [row.id for row in rows[:2]]
+            if len(rows) < 3:
+                return seen
+            after = (rows[1].created_at, rows[1].id)
+
+    assert pages(newest_first=False) == jobs
+    assert pages() == jobs[::-1]
+    assert pages(newest_first=False, tag=("even", "True")) == jobs[::2]
+    assert pages(tag=("odd", None)) == []
+    assert pages(newest_first=False, name_prefix="Ab") == jobs[1::2]
+    assert pages(status="running") == []
+    middle = read(database, jobs[3]).created_at
+    assert pages(newest_first=False, created_after=middle) == jobs[4:]
+    assert pages(newest_first=False, created_before=middle) == jobs[:3]
+
+
+def test_jobs_of_others_and_of_other_kinds_are_not_found(database: Database) -> None:
+    job = create(database, owner="somebody")
+    with database.read.begin() as session:
+        for kind, owner in (("experiment", "public"), ("analysis", "somebody")):
+            with pytest.raises(NotFound):
+                store.get_job(session, kind, owner, job)
+        assert store.list_jobs(session, "experiment", "public", Page()) == []
+
+
+def test_two_that_start_together_migrate_once(settings: Settings) -> None:
+    start, failures = threading.Barrier(4), []
+
+    def open_database() -> None:
+        database = store.connect(settings)
+        start.wait()
+        try:
+            store.migrate(database, settings)
+        except Exception as error:
+            failures.append(error)
+        database.engine.dispose()
+
+    threads = [threading.Thread(target=open_database) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_the_migrations_build_exactly_the_tables_of_the_code(database: Database) -> None:
+
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_damaged_database_is_refused_and_left_as_it_is(settings: Settings) -> None:
+    settings.data.mkdir()
+    path = settings.data / "rankscope.sqlite3"
+    path.write_bytes(b"this is no database, it is a letter" * 100)
+    before = path.read_bytes()
+    with pytest.raises(DatabaseUnusable, match="not a database"):
+        store.migrate(store.connect(settings), settings)
+    assert path.read_bytes() == before
+
+
+def test_a_database_of_a_newer_program_is_refused(database: Database, settings: Settings) -> None:
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseUnusable, match="newer"):
+        store.migrate(database, settings)

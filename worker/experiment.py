@@ -1,0 +1,94 @@
+"""What a job of kind `experiment` does: train, record the spectra, keep the weights, price every cut."""
+
+import importlib.metadata
+import math
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from service import files
+from service.errors import Diverged, JobFailed
+from service.lowrank.ranks import Array
+from service.schemas import ExperimentSpec
+from service.settings import Settings
+from service.store import Epoch
+from worker.cuts import cut_curves
+from worker.decompose import singular_values
+from worker.recorder import Recorder
+from worker.trainer import Snapshot, Trainer
+
+LIBRARIES = ("numpy", "rankscope", "scikit-learn", "scipy", "torch")
+
+
+def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
+    """Run the experiment to its end, recording as it goes.
+
+    Raises Diverged, Canceled, LostJob; what was recorded until then stays.
+    """
+    spec = ExperimentSpec.model_validate(stored)
+    device = choose_device(spec.device, settings.devices.split(","))
+    recorder.start(_environment(device, settings.threads))
+    trainer = Trainer([spec], device)
+    initial = trainer.copy_weights()
+    _keep_weights(settings, recorder, "initial", trainer)
+    for snapshot in trainer.train():
+        if snapshot.diverged[0]:
+            raise Diverged(_advice(snapshot, spec))
+        recorder.add(_epoch(spec, snapshot, initial))
+    _keep_weights(settings, recorder, "final", trainer)
+    recorder.end("succeeded", cuts=cut_curves(trainer, spec))
+
+
+def choose_device(wanted: str, offered: list[str]) -> str:
+    """The device to train on. Raises JobFailed where the one asked for is not there after all."""
+    if wanted == "auto":
+        wanted = next((name for name in offered if name.startswith("cuda")), "cpu")
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise JobFailed(f"the deployment offers {wanted}, but torch finds no CUDA device in this worker")
+    return wanted
+
+
+def _environment(device: str, threads: int) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"device": device, "threads": threads, "versions": {"python": platform.python_version(), **versions}}
+
+
+def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer: Trainer) -> None:
+    token = recorder.token
+    path = files.weights_path(settings.data, token.job_id, token.attempt, at)
+    files.write(path, save(trainer.state(member=0)))
+
+
+def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:
+    spectra = {}
+    for (name, _), w, w0 in zip(spec.shapes.items(), snapshot.weights, initial, strict=True):
+        if name in spec.recorded_layers:
+            update = w.astype(np.float64) - w0
+            spectra[name] = (_first(w), _first(update))
+    return Epoch(
+        snapshot.epoch,
+        float(snapshot.train_loss[0]),
+        _or_none(snapshot.validation_loss),
+        _or_none(snapshot.train_r2),
+        _or_none(snapshot.validation_r2),
+        spectra,
+    )
+
+
+def _first(weights: Any) -> Array:
+    return singular_values(weights, "float32")[0]
+
+
+def _or_none(values: Array) -> float | None:
+    return None if math.isnan(values[0]) else float(values[0])
+
+
+def _advice(snapshot: Snapshot, spec: ExperimentSpec) -> str:
+    training = spec.training
+    return (
+        f"at epoch {snapshot.epoch} the training loss is {snapshot.train_loss[0]}: some weight or loss is no longer"
+        f" finite; take a smaller learning rate than {training.lr:g}"
+    )
