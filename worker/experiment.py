@@ -5,7 +5,6 @@ import math
 import platform
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import save
 
@@ -15,8 +14,10 @@ from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
 from service.settings import Settings
 from service.store import Epoch
-from worker.cuts import cut_curves
-from worker.decompose import singular_values
+from worker import datasets
+from worker.cuts import cut_curve
+from worker.decompose import singular_values, update_singular_values
+from worker.networks import Network
 from worker.recorder import Recorder
 from worker.trainer import Snapshot, Trainer
 
@@ -39,7 +40,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
             raise Diverged(_advice(snapshot, spec))
         recorder.add(_epoch(spec, snapshot, initial))
     _keep_weights(settings, recorder, "final", trainer)
-    recorder.end("succeeded", cuts=cut_curves(trainer, spec))
+    recorder.end("succeeded", cuts=_cuts(spec, trainer))
 
 
 def choose_device(wanted: str, offered: list[str]) -> str:
@@ -63,11 +64,12 @@ def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer:
 
 
 def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:
-    spectra = {}
-    for (name, _), w, w0 in zip(spec.shapes.items(), snapshot.weights, initial, strict=True):
-        if name in spec.recorded_layers:
-            update = w.astype(np.float64) - w0
-            spectra[name] = (_first(w), _first(update))
+    layers = zip(spec.shapes, snapshot.weights, initial, strict=True)
+    spectra = {
+        name: (singular_values(w)[0], update_singular_values(w, w0)[0])
+        for name, w, w0 in layers
+        if name in spec.recorded_layers
+    }
     return Epoch(
         snapshot.epoch,
         float(snapshot.train_loss[0]),
@@ -78,8 +80,14 @@ def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoc
     )
 
 
-def _first(weights: Any) -> Array:
-    return singular_values(weights, "float32")[0]
+def _cuts(spec: ExperimentSpec, trainer: Trainer) -> dict[str, tuple[Array, Array]]:
+    """Validation loss and R² by rank of every recorded layer, in float64 whatever the training's dtype."""
+    xp, data = trainer.xp, datasets.make(spec)
+    x, y = (xp.asarray(a, dtype=xp.float64, device=trainer.device) for a in (data.x_validation, data.y_validation))
+    network = Network.of(xp.asarray(trainer.parameters, dtype=xp.float64), spec).member(0)
+    return {
+        name: cut_curve(network, layer, x, y) for layer, name in enumerate(spec.shapes) if name in spec.recorded_layers
+    }
 
 
 def _or_none(values: Array) -> float | None:

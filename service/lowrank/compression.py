@@ -14,7 +14,7 @@ from service.lowrank import noise, ranks
 from service.lowrank.ranks import SLACK, Array, Shape
 
 RuleName = Literal["rank", "energy", "error", "budget", "entropy_rank", "optimal", "spikes"]
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}  # The dtypes that numpy has no name for.
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ def break_even_rank(shape: Shape) -> int:
     return (m * n - 1) // (m + n)
 
 
+def item_bytes(dtype: str) -> int:
+    """Bytes of one stored entry."""
+    return ITEM_BYTES.get(dtype) or np.dtype(dtype).itemsize
+
+
 def relative_errors(s: Array) -> Array:
     """‖W − W_r‖_F/‖W‖_F for r = 0…k, of shape (k + 1,); summed from the smallest, so that tiny tails stay exact."""
-    scaled = s / s[0] if s[0] > 0 else s
-    tails = np.concatenate([np.cumsum(np.square(scaled)[::-1])[::-1], [0.0]])
-    return np.sqrt(tails / tails[0]) if tails[0] > 0 else tails
+    tails = np.append(np.hypot.accumulate(ranks.scaled(s)[::-1])[::-1], 0.0)  # Squares underflow below 1e-162.
+    return tails / tails[0] if tails[0] > 0 else tails
 
 
 def curve(s: Array, shape: Shape) -> dict[str, Array | np.ndarray[Any, Any]]:
@@ -112,9 +116,15 @@ def _by_budget(s: Array, shape: Shape, fraction: float | None) -> tuple[int, str
         raise BadRequestValue("fraction", fraction, "must be over 0 and at most 1")
     rank = min(math.floor(fraction * m * n * (1 + SLACK) / (m + n)), len(s))
     if rank < 1:
-        least = (m + n) / (m * n)
-        raise BadRequestValue("fraction", fraction, f"is below one rank: at least {least:.6g} gives this layer one")
+        raise BadRequestValue("fraction", fraction, _advice((m + n) / (m * n)))
     return rank, f"largest rank whose factors have at most {fraction:g} of the parameters"
+
+
+def _advice(least: float) -> str:
+    if least > 1:
+        return "is below one rank, and so is any: even factors of rank 1 are larger than this layer"
+    # Rounded up: the fraction that we name must not be refused in its turn.
+    return f"is below one rank: at least {math.ceil(least * 1e6) / 1e6:.6f} gives this layer one"
 
 
 def _by_noise(s: Array, shape: Shape, dtype: str, name: Literal["optimal", "spikes"]) -> tuple[int, str]:
@@ -153,6 +163,6 @@ def report(s: Array, shape: Shape, dtype: str, rule: Rule) -> dict[str, Any]:
         "energy_kept": 1 - error**2,
         "flops_before": 2 * m * n,
         "flops_after": 2 * after,
-        "bytes_before": m * n * ITEM_BYTES.get(dtype, 8),
-        "bytes_after": after * ITEM_BYTES.get(dtype, 8),
+        "bytes_before": m * n * item_bytes(dtype),
+        "bytes_after": after * item_bytes(dtype),
     }

@@ -30,7 +30,7 @@ def decay_time(steps: int, lr: float, weight_decay: float, momentum: float, opti
     rate = lr * weight_decay / (1 - (momentum if optimizer == "sgd" else 0.0))
     if optimizer == "adam" or not rate < 1:
         return None
-    return -steps * math.log1p(-rate)
+    return steps * -math.log1p(-rate)  # In this order τ of no step is 0.0, not −0.0.
 
 
 def decay_law(steps: int, lr: float, weight_decay: float, momentum: float, optimizer: str) -> DecayLaw:
@@ -41,7 +41,7 @@ def decay_law(steps: int, lr: float, weight_decay: float, momentum: float, optim
     if optimizer == "adam":
         return DecayLaw(tau, None, ["Adam's weight decay is coupled with its gradient: no such law holds"])
     if tau is None:
-        return DecayLaw(tau, None, ["lr·weight_decay is 1 or more: a step does not shrink the weights"])
+        return DecayLaw(tau, None, ["lr·weight_decay/(1 − momentum) is 1 or more: no τ exists"])
     notes = ["τ < 1: weight decay cannot have moved the tail"] if tau < 1 else []
     if momentum and optimizer == "sgd":
         return DecayLaw(tau, None, [*notes, "with momentum the law is not asserted; τ is what it would be"])

@@ -22,12 +22,12 @@ def spectral_norm(s: Array) -> Array:
 
 def frobenius_norm(s: Array) -> Array:
     """√Σσ²."""
-    return np.asarray(s[..., 0] * np.sqrt(stable_rank(s)))
+    return times_top(s, np.sqrt(stable_rank(s)))
 
 
 def nuclear_norm(s: Array) -> Array:
     """Σσ."""
-    return np.asarray(s.sum(axis=-1))
+    return times_top(s, scaled(s).sum(axis=-1))
 
 
 def condition_number(s: Array, tolerance: float | None) -> Array:
@@ -39,28 +39,28 @@ def condition_number(s: Array, tolerance: float | None) -> Array:
 
 def stable_rank(s: Array) -> Array:
     """Σσ²/σ₁², in [1, k] (Rudelson and Vershynin, 2007)."""
-    return np.asarray(np.square(_scaled(s)).sum(axis=-1))
+    return np.asarray(np.square(scaled(s)).sum(axis=-1))
 
 
 def entropy_rank(s: Array) -> Array:
     """exp(−Σ p ln p) with p = σ/Σσ, in [1, k] (Roy and Vetterli, 2007): the memo's effective rank."""
-    return _entropy_rank(_scaled(s))
+    return _entropy_rank(scaled(s))
 
 
 def energy_entropy_rank(s: Array) -> Array:
     """The same with p = σ²/Σσ²."""
-    return _entropy_rank(np.square(_scaled(s)))
+    return _entropy_rank(np.square(scaled(s)))
 
 
 def participation_rank(s: Array) -> Array:
     """(Σσ²)²/Σσ⁴, in [1, k]."""
-    energy = np.square(_scaled(s))
+    energy = np.square(scaled(s))
     return _ratio(np.square(energy.sum(axis=-1)), np.square(energy).sum(axis=-1), when_zero=0.0)
 
 
 def energy_rank(s: Array, threshold: float) -> NDArray[np.int64]:
     """Least r with Σ_{i≤r} σ² ≥ threshold·Σσ²; 0 for the zero matrix."""
-    energy = np.cumsum(np.square(_scaled(s)), axis=-1)
+    energy = np.cumsum(np.square(scaled(s)), axis=-1)
     enough = energy >= threshold * energy[..., -1:] * (1 - SLACK)
     return np.where(s[..., 0] > 0, np.argmax(enough, axis=-1) + 1, 0)
 
@@ -69,19 +69,19 @@ def numerical_rank(s: Array, tolerance: float | None) -> Array:
     """#{σ > tolerance·σ₁}; NaN where there is no tolerance, because the dtype cannot tell."""
     if tolerance is None:
         return np.full(s.shape[:-1], np.nan)
-    return count_above(s, tolerance * s[..., 0]).astype(np.float64)
+    return count_above(scaled(s), np.asarray(tolerance)).astype(np.float64)
 
 
 def top_share(s: Array, j: int) -> Array:
     """Σ_{i≤min(j,k)} σ/Σσ; NaN for the zero matrix."""
-    scaled = _scaled(s)
-    return _ratio(scaled[..., :j].sum(axis=-1), scaled.sum(axis=-1), when_zero=np.nan)
+    shares = scaled(s)
+    return _ratio(shares[..., :j].sum(axis=-1), shares.sum(axis=-1), when_zero=np.nan)
 
 
 def normalized(s: Array) -> Array:
     """s*_j = σ_j/Σσ, of the shape of `s`; zeros for the zero matrix. What the memo draws."""
-    scaled = _scaled(s)
-    return _ratio(scaled, scaled.sum(axis=-1, keepdims=True), when_zero=0.0)
+    shares = scaled(s)
+    return _ratio(shares, shares.sum(axis=-1, keepdims=True), when_zero=0.0)
 
 
 def rank_tolerance(shape: Shape, dtype: str) -> float | None:
@@ -99,14 +99,19 @@ def rank_tolerance(shape: Shape, dtype: str) -> float | None:
 
 
 def count_above(s: Array, threshold: Array) -> NDArray[np.int64]:
-    """#{σ > threshold}, equality up to rounding not counted; `threshold` has the leading shape of `s`."""
+    """#{σ > threshold}, equality up to rounding not counted; `threshold` has the leading shape of `s`, or is one for all."""
     return np.asarray(np.count_nonzero(s > np.expand_dims(threshold, -1) * (1 + SLACK), axis=-1))
 
 
-def _scaled(s: Array) -> Array:
+def scaled(s: Array) -> Array:
     """σ/σ₁, zeros for the zero matrix: squares of raw singular values overflow for σ > 1e154."""
-    top = s[..., :1]
-    return _ratio(s, top, when_zero=0.0)
+    return _ratio(s, s[..., :1], when_zero=0.0)
+
+
+def times_top(s: Array, factor: Array) -> Array:
+    """factor·σ₁, undoing `scaled`; infinite, without a warning, where no float64 holds it."""
+    with np.errstate(over="ignore"):
+        return np.asarray(s[..., 0] * factor)
 
 
 def _ratio(numerator: Array, denominator: Array, when_zero: float) -> Array:
