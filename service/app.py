@@ -5,6 +5,7 @@ import importlib.metadata
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from service import problems, store
 from service.context import Context
@@ -29,17 +30,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Watch the low-rank bias of neural networks: spectra at every epoch, and what they let you save.",
         docs_url=None,
         redoc_url=None,
-        max_body_size=settings.body_limit,
         lifespan=_lifespan,
         responses={"default": {"description": "A problem, as application/problem+json (RFC 9457)"}},
     )
     app.state.settings = settings
+    app.state.methods = [(route.path_regex, route.methods) for route in _routes()]
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_middleware(Edge, hosts=settings.host_names)
     _describe_bodies(app)
     return app
+
+
+def _routes() -> list[APIRoute]:
+    return [route for module in ROUTERS for route in module.router.routes if isinstance(route, APIRoute)]
 
 
 @contextlib.asynccontextmanager

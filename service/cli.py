@@ -13,7 +13,7 @@ import typer
 from service.errors import DatabaseUnusable
 from service.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 USAGE, UNUSABLE = 2, 5
 Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures [default: ./data]")]
 Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]

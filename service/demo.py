@@ -27,8 +27,10 @@ def run(settings: Settings, out: Path) -> int:
     try:
         with _server(settings, out) as url, httpx.Client(base_url=url, timeout=60) as client:
             _wait_until_ready(client)
-            experiment = _checked(client.post("/experiments", json={"preset": "memo", "name": "demo"})).json()
-            status = _follow(client, experiment["id"], console)
+            experiment = _checked(
+                client.post("/experiments", json={"preset": "memo", "name": "The memo: Y = tanh(AX)"})
+            ).json()
+            status = _follow(client, experiment, console)
             if status["status"] != "succeeded":
                 console.print(f"the experiment {status['status']}: {status['error']}")
                 return 1
@@ -77,12 +79,12 @@ def _checked(response: httpx.Response) -> httpx.Response:
     return response
 
 
-def _follow(client: httpx.Client, experiment_id: str, console: Console) -> dict[str, Any]:
+def _follow(client: httpx.Client, experiment: dict[str, Any], console: Console) -> dict[str, Any]:
     """Show a bar with epoch, loss and entropy rank until the experiment is over; answer with its last state."""
-    path = f"/experiments/{experiment_id}"
+    path = f"/experiments/{experiment['id']}"
     columns = (TextColumn("epoch {task.completed:>3.0f}/{task.total:.0f}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("the worker is loading torch", total=None)
+        task = progress.add_task("the worker is loading torch", total=experiment["progress"]["total"])
         last = -1
         while True:
             state: dict[str, Any] = _checked(client.get(path)).json()
@@ -91,7 +93,7 @@ def _follow(client: httpx.Client, experiment_id: str, console: Console) -> dict[
                 last = epoch["epoch"]
                 rank = epoch["layers"][0]["entropy_rank"]
                 text = f"loss {epoch['train_loss']:.5f}   entropy rank {rank:.1f}"
-                progress.update(task, total=state["progress"]["total"], completed=last, description=text)
+                progress.update(task, completed=last, description=text)
             if state["status"] in {"succeeded", "failed", "canceled"}:
                 return state
             time.sleep(0.1)

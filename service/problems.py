@@ -106,11 +106,18 @@ def install(app: FastAPI) -> None:
 
 
 def _handle(request: Request, error: Exception) -> Response:
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     translated = translate(error)
+    headers = {"allow": _allowed(request)} if isinstance(translated, errors.MethodNotAllowed) else {}
     if type(translated) is errors.RankscopeError:
         log.error("request %s failed", request_id(request), exc_info=error)
     return problem_response(request, translated, headers=headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes on a path; the router itself names those of the first one only."""
+    path = request.scope["path"]
+    methods = {name for pattern, names in request.app.state.methods if pattern.match(path) for name in names}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 def translate(error: Exception) -> errors.RankscopeError:

@@ -74,7 +74,9 @@ def serve(settings: Settings, host: str, port: int, workers: int, *, tied: bool)
         server.should_exit = True
 
     def stop_at_end_of_input() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin.read: a thread inside it holds a lock that the interpreter wants when it exits.
+        while os.read(sys.stdin.fileno(), 4096):
+            continue
         stop()
 
     if tied:

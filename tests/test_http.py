@@ -11,10 +11,11 @@ from service.errors import MalformedJson, NotAcceptable, RangeNotSatisfiable
 from service.http import check_range, choose_format, etag, matches, parse_json
 
 TYPES = {"json": "application/json", "csv": "text/csv", "png": "image/png"}
+NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | NUMBERS | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)  # fmt: skip
+)
 
 
 @given(VALUES)

@@ -10,17 +10,18 @@ from torch import nn
 from service.errors import BadRequestValue, BudgetExceeded
 from service.schemas import PRESETS, ExperimentSpec, resolve
 
+EPOCHS, HIDDEN = st.integers(1, 1000), st.lists(st.integers(1, 50), min_size=1, max_size=15)
 BODIES = st.fixed_dictionaries(
     {},
     optional={
         "preset": st.sampled_from(list(PRESETS)),
         "seed": st.integers(0, 2**32 - 1),
-        "training": st.fixed_dictionaries({}, optional={"epochs": st.integers(1, 1000), "lr": st.floats(1e-6, 10)}),
-        "network": st.fixed_dictionaries({}, optional={"hidden": st.lists(st.integers(1, 50), min_size=1, max_size=15)}),
+        "training": st.fixed_dictionaries({}, optional={"epochs": EPOCHS, "lr": st.floats(1e-6, 10)}),
+        "network": st.fixed_dictionaries({}, optional={"hidden": HIDDEN}),
         "record": st.fixed_dictionaries({}, optional={"every": st.integers(1, 2000)}),
-        "data": st.fixed_dictionaries({}, optional={"seed": st.none() | st.integers(0, 9), "n_targets": st.integers(1, 9)}),
+        "data": st.fixed_dictionaries({}, optional={"seed": st.none() | st.integers(0, 9)}),
     },
-)  # fmt: skip
+)
 
 
 @given(BODIES)

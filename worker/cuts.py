@@ -1,54 +1,41 @@
-"""The price of a cut in the task's own loss: the trained network with one layer truncated to every rank."""
+"""The price of a cut in the task's own loss: the trained network with one layer's weight truncated to every rank."""
 
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator
 
 from service.lowrank.ranks import Array
 from worker.decompose import svd
-from worker.networks import Network, namespace, to_numpy
-from worker.trainer import mean_squared_error, r_squared
+from worker.networks import Arrays, Network, Tensor, activation_of, as_numpy, forward, namespace_of
+from worker.scores import loss_and_r2, squares_about_mean
 
-BUFFER_VALUES = 1 << 20
+CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
 
 
-def cut_curve(network: Network, layer: int, x: Any, y: Any) -> tuple[Array, Array]:
-    """Loss and R² on (x, y) with the layer's W replaced by W_r, for r = 1…k; arrays of shape (k,).
+def cut_curve(network: Network, layer: int, x: Tensor, y: Tensor) -> tuple[Array, Array]:
+    """Loss (k,) and R² (k,) on x (n, features), y (n, targets) with W, of layer 0, 1, …, replaced by W_r, r = 1…k.
 
-    `network` is one network in float64 (weights of shape (out, in)); x is (n, features), y (n, targets). With a the
-    layer's input and W = UΣVᵀ, W_r a = Σ_{i≤r} σ_i u_i (v_iᵀ a): the layer's output at every rank is one cumulative
-    sum, and the layers above take all ranks as one batch.
+    The network is a single one, in the dtype and on the device of x and y; float64 is what keeps small differences
+    between ranks. Both are NaN where there are no samples, R² also where a target does not vary.
     """
-    xp, n = namespace(x), len(x)
-    u, s, vt = svd(network.weights[layer])
-    if n == 0:
-        return np.full(len(s), np.nan), np.full(len(s), np.nan)
-    width = max(max(weights.shape) for weights in network.weights)
-    rows = min(n, max(1, BUFFER_VALUES // (16 * width)))
-    squared = np.zeros((len(s), y.shape[1]))
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        below = network.forward(x[part], 0, layer)
-        projected = xp.matmul(below, vt.swapaxes(0, 1)) * s
-        squared += _squared_errors(network, layer, (projected, u), y[part])
-    mean = xp.sum(y, 0) / n
-    total = to_numpy(xp.sum(xp.square(y - mean), 0))
-    return mean_squared_error(squared, n), r_squared(squared, total)
+    arrays = Arrays(namespace_of(x), x.device, str(x.dtype).removeprefix("torch."))
+    squares = arrays.zeros(min(network.weights[layer].shape), y.shape[1])
+    n_rows = max(1, CHUNK // max(network.widths))
+    u, s, vt = (arrays.cast(factor) for factor in svd(network.weights[layer]))
+    for start in range(0, len(x), n_rows):
+        part = slice(start, start + n_rows)
+        inputs = _below(network, layer, x[part], arrays)
+        for rank, z in enumerate(_partial_sums(inputs @ (vt.T * s), u.T, network.layers[layer].bias)):
+            squares[rank] += ((_above(network, layer, z, arrays) - y[part]) ** 2).sum(0)
+    return loss_and_r2(as_numpy(squares), squares_about_mean(as_numpy(y)), len(x))
 
 
-def _squared_errors(network: Network, layer: int, factors: tuple[Any, Any], y: Any) -> Array:
-    """Squared errors summed over the rows, (k, targets), by rank; `factors` are ΣVᵀa (rows, k) and U (out, k)."""
-    (projected, u), xp = factors, namespace(y)
-    rows, k = projected.shape
-    width = max(max(weights.shape) for weights in network.weights)
-    ranks = max(1, BUFFER_VALUES // (rows * width))
-    squared, before = [], 0.0
-    for start in range(0, k, ranks):
-        part = slice(start, start + ranks)
-        z = projected[:, part].swapaxes(0, 1)[:, :, None] * u[:, part].swapaxes(0, 1)[:, None, :]
-        z[0] += before
-        xp.cumsum(z, 0, out=z)
-        before = xp.asarray(z[-1], copy=True)  # `finish` changes z, and the next ranks go on from here.
-        network.finish(xp, layer, z)
-        squared.append(xp.sum(xp.square(network.forward(z, layer + 1) - y), 1))
-    return to_numpy(xp.concatenate(squared))
+def _partial_sums(amounts: Tensor, directions: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+    """z (n, out) at rank 1…k, each in the same array: z_r = z_{r−1} + (a·σᵣvᵣ)uᵣᵀ, so no truncated W is ever formed.
+
+    `amounts` (n, k) are the a·σᵣvᵣ of inputs a, `directions` (k, out) the uᵣ.
+    """
+    z = 0 * amounts[:, :1] * directions[:1]
+    if bias is not None:
+        z += bias
+    for rank, direction in enumerate(directions):
+        z += amounts[:, rank : rank + 1] * direction
+        yield z

@@ -1,27 +1,25 @@
 """The memo's data: Y = target(Z) with Z = AX linear, from scikit-learn's make_regression."""
 
-from typing import Any, NamedTuple, assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.datasets import make_regression
 
+from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec, Target
-
-Floats = NDArray[np.floating[Any]]
 
 
 class Dataset(NamedTuple):
-    """Inputs (n, features) and targets (n, targets); the first samples train, the last ones validate."""
+    """Inputs (n, features) and targets (n, targets), float64; the first samples train, the last ones validate."""
 
-    x_train: Floats
-    y_train: Floats
-    x_validation: Floats
-    y_validation: Floats
+    x_train: Array
+    y_train: Array
+    x_validation: Array
+    y_validation: Array
 
 
-def make_dataset(spec: ExperimentSpec, dtype: str = "float32") -> Dataset:
-    """The samples that a specification asks for: computed in float64, then rounded to `dtype`."""
+def make(spec: ExperimentSpec) -> Dataset:
+    """The data of an experiment, a function of `data` and its seed alone."""
     data = spec.data
     x, z = make_regression(
         data.n_samples,
@@ -34,19 +32,19 @@ def make_dataset(spec: ExperimentSpec, dtype: str = "float32") -> Dataset:
     z = z.reshape(data.n_samples, data.n_targets)  # One target comes back as a vector.
     if data.standardize:
         z = _standardized(z)
-    x, y = x.astype(dtype), _apply(data.target, z).astype(dtype)
-    n = spec.n_training
+    y, n = _apply(data.target, z), spec.n_training
     return Dataset(x[:n], y[:n], x[n:], y[n:])
 
 
-def _standardized(z: Floats) -> Floats:
+def _standardized(z: Array) -> Array:
     """Each column divided by its standard deviation over all samples."""
+    # Raw targets have a standard deviation near 100·√(n_informative/3), which tanh would make ±1.
     deviation = z.std(axis=0)
     # A constant column has nothing to scale, and dividing it by 0 would turn it into NaN.
     return np.asarray(z / np.where(deviation > 0, deviation, 1))
 
 
-def _apply(target: Target, z: Floats) -> Floats:
+def _apply(target: Target, z: Array) -> Array:
     match target:
         case "tanh":
             return np.tanh(z)

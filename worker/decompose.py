@@ -1,69 +1,92 @@
-"""Matrices → singular values: the one place that calls a decomposition."""
+"""Matrix → singular values and factors: the one place that calls an SVD. Everything is worked out in float64."""
 
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
+from numpy.typing import NDArray
 
+from service.errors import JobFailed
 from service.lowrank.ranks import Array
-from worker.networks import namespace, to_numpy
+from worker.networks import Tensor
 
-# Where σ_k is smaller than this share of σ₁ the Gram matrix has lost it: an error of ε·σ₁² in σ² is ε·σ₁²/2σ_k in σ_k.
 GRAM_LIMIT = 1e-5
 
-FAILED = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
+def singular_values(weights: Tensor, stored_dtype: str) -> Array:
+    """Singular values (…, k), non-increasing, of matrices (…, m, n): numpy in float64 whatever came in.
 
-def singular_values(matrices: Any, stored_dtype: str = "float32") -> Array:
-    """Singular values of a batch (M, m, n) → (M, k), float64, non-increasing.
-
-    For weights stored in float32 or less: the eigenvalues of the Gram matrix of the smaller side, in float64. That is
-    half the work of a singular value decomposition, and exact to 1e-10·σ₁ or better as far as GRAM_LIMIT; beyond it,
-    and for float64, the matrix itself is decomposed. Scaled first, so that entries of 1e±300 neither overflow nor
-    vanish when they are squared.
+    Every σ is good to 1e-12·σ₁. Squares must not overflow, so values of narrow floats are taken through their Gram
+    matrix, where they cannot: `stored_dtype` says what the weights are stored in, however they are passed. The Gram
+    matrix costs least, and its error in σ is about ε·σ₁²/(2σ): a matrix with a σ below 1e-5·σ₁ is decomposed again in
+    full, and float64 weights, whose own rounding is finer than that error, always are. A matrix that is not finite has
+    NaN for singular values, so that one diverged member does not take the others' from them. Raises JobFailed.
     """
-    xp = namespace(matrices)
-    w = xp.asarray(matrices, dtype=xp.float64)
-    scale = xp.amax(xp.abs(w), (-2, -1), keepdims=True)
-    scale = xp.where(scale > 0, scale, 1.0)
-    w = w / scale
-    s = _direct(w) if stored_dtype == "float64" else _by_gram(w)
-    return np.asarray(s * to_numpy(scale)[..., 0])
+    matrices = _float64(weights)
+    batch = matrices.reshape(-1, *matrices.shape[-2:])
+    s = np.full((len(batch), min(batch.shape[1:])), np.nan)
+    finite = torch.isfinite(batch).all(2).all(1)
+    known = finite.cpu().numpy()
+    if _is_narrow(stored_dtype):
+        s[known] = _through_gram(batch[finite])
+        # Where σ₁ is 0 this asks for nothing: the zero matrix is done.
+        again = known & (s[:, -1] < GRAM_LIMIT * s[:, 0])
+    else:
+        again = known
+    if again.any():
+        s[again] = _in_full(batch[torch.from_numpy(again).to(batch.device)])
+    return s.reshape(*matrices.shape[:-2], -1)
 
 
-def update_singular_values(now: Any, before: Any) -> Array:
-    """Singular values of now − before, both (M, m, n) and stored in float32; the difference is taken in float64."""
-    xp = namespace(now)
-    return singular_values(xp.asarray(now, dtype=xp.float64) - before)
+def difference(weights: Tensor, initial: Tensor) -> Tensor:
+    """weights − initial as a float64 torch tensor, so that an update far smaller than its weight is not rounded."""
+    return _float64(weights) - _float64(initial)
 
 
-def svd(matrix: Any) -> tuple[Any, Any, Any]:
-    """U (m, k), σ (k,), Vᵀ (k, n) of one matrix, in float64, on its device."""
-    xp = namespace(matrix)
-    u, s, vt = xp.linalg.svd(xp.asarray(matrix, dtype=xp.float64), full_matrices=False)
+def svd(weight: Tensor) -> tuple[Array, Array, Array]:
+    """The thin factors u (m, k), s (k,), vt (k, n) of one finite matrix, float64. Raises JobFailed."""
+    matrix = _float64(weight).cpu().numpy()
+    try:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:
+        u, s, vt = _slowly(matrix, compute_uv=True)
     return u, s, vt
 
 
-def _by_gram(w: Any) -> Array:
-    xp = namespace(w)
-    tall = w.shape[-2] > w.shape[-1]
-    gram = xp.matmul(w.swapaxes(-1, -2), w) if tall else xp.matmul(w, w.swapaxes(-1, -2))
-    try:
-        squares = to_numpy(xp.linalg.eigvalsh(gram))
-    except FAILED:
-        return _direct(w)
-    s: Array = np.sqrt(np.maximum(squares[..., ::-1], 0.0))
-    for member in np.flatnonzero((s[:, -1] < GRAM_LIMIT * s[:, 0]) & (s[:, 0] > 0)):
-        s[member] = _direct(w[member])
-    return s
+def _float64(matrices: Tensor) -> torch.Tensor:
+    if isinstance(matrices, torch.Tensor):
+        return matrices.detach().to(torch.float64)
+    return torch.from_numpy(np.array(matrices, dtype=np.float64))  # A copy: torch warns about read-only memory.
 
 
-def _direct(w: Any) -> Array:
+def _is_narrow(stored_dtype: str) -> bool:
+    return "float" in stored_dtype and stored_dtype != "float64"
+
+
+def _through_gram(batch: torch.Tensor) -> Array:
+    """(N, m, n) → (N, k): square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
+    m, n = batch.shape[1:]
+    gram = batch @ batch.mT if m <= n else batch.mT @ batch
     try:
-        return to_numpy(namespace(w).linalg.svdvals(w))
-    except FAILED:
-        # Divide and conquer fails on rare matrices on which the older QR iteration converges.
-        flat = to_numpy(w).reshape(-1, *w.shape[-2:])
-        found = [scipy.linalg.svd(one, compute_uv=False, lapack_driver="gesvd") for one in flat]
-        return np.stack(found).reshape(*w.shape[:-2], -1)
+        squares = torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:
+        return _in_full(batch)
+    return squares.flip(1).clamp(min=0).sqrt().cpu().numpy()
+
+
+def _in_full(batch: torch.Tensor) -> Array:
+    """(N, m, n) → (N, k)."""
+    try:
+        return torch.linalg.svdvals(batch).cpu().numpy()
+    except torch.linalg.LinAlgError:
+        return np.stack([_slowly(matrix, compute_uv=False) for matrix in batch.cpu().numpy()])
+
+
+def _slowly(matrix: NDArray[Any], *, compute_uv: bool) -> Any:
+    """The slower of LAPACK's two drivers, which converges on the rare matrix that the faster one gives up on."""
+    try:
+        return scipy.linalg.svd(matrix, full_matrices=False, compute_uv=compute_uv, lapack_driver="gesvd")
+    except np.linalg.LinAlgError as error:
+        shape = "×".join(map(str, matrix.shape))
+        raise JobFailed(f"LAPACK found no singular values of a {shape} matrix by gesdd nor by gesvd") from error

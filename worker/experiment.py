@@ -14,10 +14,10 @@ from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
 from service.settings import Settings
 from service.store import Epoch
-from worker import datasets
-from worker.cuts import cut_curve
-from worker.decompose import singular_values, update_singular_values
-from worker.networks import Network
+from worker.cuts import cut_curves
+from worker.datasets import make_dataset
+from worker.decompose import difference, singular_values
+from worker.networks import Arrays, namespace_of
 from worker.recorder import Recorder
 from worker.trainer import Snapshot, Trainer
 
@@ -66,7 +66,7 @@ def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer:
 def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:
     layers = zip(spec.shapes, snapshot.weights, initial, strict=True)
     spectra = {
-        name: (singular_values(w)[0], update_singular_values(w, w0)[0])
+        name: (singular_values(w, "float32")[0], singular_values(difference(w, w0), "float32")[0])
         for name, w, w0 in layers
         if name in spec.recorded_layers
     }
@@ -82,12 +82,10 @@ def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoc
 
 def _cuts(spec: ExperimentSpec, trainer: Trainer) -> dict[str, tuple[Array, Array]]:
     """Validation loss and R² by rank of every recorded layer, in float64 whatever the training's dtype."""
-    xp, data = trainer.xp, datasets.make(spec)
-    x, y = (xp.asarray(a, dtype=xp.float64, device=trainer.device) for a in (data.x_validation, data.y_validation))
-    network = Network.of(xp.asarray(trainer.parameters, dtype=xp.float64), spec).member(0)
-    return {
-        name: cut_curve(network, layer, x, y) for layer, name in enumerate(spec.shapes) if name in spec.recorded_layers
-    }
+    data, weights = make_dataset(spec, "float64"), trainer.network.weights
+    arrays = Arrays(namespace_of(weights[0]), weights[0].device, "float64")
+    x, y = (arrays.stack([values])[0] for values in (data.x_validation, data.y_validation))
+    return cut_curves(trainer.network.member(0), spec.network.activation, x, y, spec.recorded_layers)
 
 
 def _or_none(values: Array) -> float | None:

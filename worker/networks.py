@@ -39,8 +39,10 @@ class Arrays:
         return self.xp.zeros(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
 
     def stack(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
-        """The members' arrays with a leading member axis, always a copy."""
-        return self.xp.asarray(np.stack(arrays), device=self.device)
+        """The members' arrays with a leading member axis, rounded to the dtype; always a copy."""
+        # Rounded member by member, and what is beyond float32 is infinite there.
+        with np.errstate(over="ignore", under="ignore"):
+            return self.xp.asarray(np.stack([array.astype(self.dtype) for array in arrays]), device=self.device)
 
 
 def namespace_of(tensor: Tensor) -> ModuleType:
@@ -55,36 +57,55 @@ def as_numpy(tensor: Tensor) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Network:
-    """Weights (M, out, in) and biases (M, out; None without bias) layer by layer; without M for a single member."""
+    """Views of the parameters: weights (…, out, in) and biases (…, 1, out), None where there are none."""
 
     weights: list[Tensor]
-    biases: list[Tensor | None]
+    biases: list[Tensor] | None
+    activation: Activation
+
+    @classmethod
+    def of(cls, flat: Tensor, spec: ExperimentSpec) -> "Network":
+        """The layers of vectors (M, P) of parameters in PyTorch's order W1, b1, W2, b2, …"""
+        weights, biases, start = [], [], 0
+        for m, n in spec.shapes.values():
+            weights.append(flat[:, start : start + m * n].reshape(-1, m, n))
+            start += m * n
+            if spec.network.bias:
+                biases.append(flat[:, start : start + m].reshape(-1, 1, m))
+                start += m
+        return cls(weights, biases if spec.network.bias else None, spec.network.activation)
 
     def member(self, index: int) -> "Network":
-        """One member's network, as views."""
-        biases = [None if bias is None else bias[index] for bias in self.biases]
-        return Network([weight[index] for weight in self.weights], biases)
+        """One network of the batch: weights (out, in), biases (1, out)."""
+        biases = None if self.biases is None else [bias[index] for bias in self.biases]
+        return Network([weight[index] for weight in self.weights], biases, self.activation)
+
+    @property
+    def widths(self) -> list[int]:
+        """How many outputs every layer has."""
+        return [weight.shape[-2] for weight in self.weights]
+
+    @property
+    def layers(self) -> "list[Layer]":
+        """The views that a forward pass needs."""
+        biases = self.biases or [None] * len(self.weights)
+        return [Layer(weight.swapaxes(-1, -2), bias) for weight, bias in zip(self.weights, biases, strict=True)]
 
 
-def network_of(flat: Tensor, shapes: Sequence[tuple[int, int]], bias: bool) -> Network:
-    """A flat vector (M, P) of parameters seen as a network."""
-    network, start = Network([], []), 0
-    for n_outputs, n_inputs in shapes:
-        middle = start + n_outputs * n_inputs
-        end = middle + n_outputs * bias
-        network.weights.append(flat[:, start:middle].reshape(-1, n_outputs, n_inputs))
-        network.biases.append(flat[:, middle:end] if bias else None)
-        start = end
-    return network
+class Layer(NamedTuple):
+    """A layer's weight transposed (…, in, out) and its bias (…, 1, out)."""
+
+    transposed: Tensor
+    bias: Tensor | None
 
 
 def named_parameters(network: Network, member: int) -> dict[str, NDArray[Any]]:
     """Copies of a member's parameters under the names that PyTorch would give them: `W1.weight`, `W1.bias`, …"""
-    named, single = {}, network.member(member)
-    for i, (weight, bias) in enumerate(zip(single.weights, single.biases, strict=True), 1):
-        named[f"W{i}.weight"] = as_numpy(weight).copy()
-        if bias is not None:
-            named[f"W{i}.bias"] = as_numpy(bias).copy()
+    named = {}
+    for i, weight in enumerate(network.weights):
+        named[f"W{i + 1}.weight"] = as_numpy(weight[member]).copy()
+        if network.biases is not None:
+            named[f"W{i + 1}.bias"] = as_numpy(network.biases[i][member, 0]).copy()
     return named
 
 
@@ -103,22 +124,6 @@ def initial_parameters(spec: ExperimentSpec) -> NDArray[np.float32]:
                 start = end
     flat *= np.float32(spec.network.init_scale)
     return flat
-
-
-class Layer(NamedTuple):
-    """The views of a layer that a pass needs, made once: (M, out, in), (M, in, out) and (M, 1, out)."""
-
-    weight: Tensor
-    transposed: Tensor
-    bias: Tensor | None
-
-
-def layers_of(network: Network) -> list[Layer]:
-    """A batched network's layers."""
-    return [
-        Layer(weight, weight.swapaxes(1, 2), None if bias is None else bias[:, None, :])
-        for weight, bias in zip(network.weights, network.biases, strict=True)
-    ]
 
 
 def activation_of(name: Activation, arrays: Arrays) -> InPlace:
@@ -176,7 +181,7 @@ def _sigmoid_chain(delta: Tensor, a: Tensor, scratch: Tensor, xp: Any) -> None:
 def forward(layers: list[Layer], activate: InPlace, x: Tensor, outputs: list[Tensor], xp: Any) -> Tensor:
     """The network's answer (M, n, targets) to x (M, n, features); `outputs` keeps what every layer gave."""
     matmul, add, last = xp.matmul, xp.add, outputs[-1]
-    for (_, transposed, bias), output in zip(layers, outputs, strict=True):
+    for (transposed, bias), output in zip(layers, outputs, strict=True):
         matmul(x, transposed, out=output)
         if bias is not None:
             add(output, bias, out=output)
@@ -184,3 +189,55 @@ def forward(layers: list[Layer], activate: InPlace, x: Tensor, outputs: list[Ten
             activate(output)
         x = output
     return x
+
+
+class _Step(NamedTuple):
+    """One layer on the way back: `delta` (M, n, out) is the derivative of the loss by its z, `below` its input."""
+
+    delta_transposed: Tensor
+    below: Tensor
+    weight_gradient: Tensor
+    delta: Tensor
+    weight: Tensor
+    delta_below: Tensor
+    scratch: Tensor
+
+
+class Backpropagation:
+    """The gradient of the mean squared error of batches of `n_rows` rows, worked out in buffers that are made once."""
+
+    def __init__(self, network: Network, gradient: Network, n_rows: int, arrays: Arrays) -> None:
+        members, widths = len(network.weights[0]), network.widths
+        self._xp, self._layers = arrays.xp, network.layers
+        self._activate = activation_of(network.activation, arrays)
+        self._chain = chain_of(network.activation, arrays.xp)
+        self._outputs, self._deltas, scratch = (
+            [arrays.empty(members, n_rows, width) for width in widths] for _ in range(3)
+        )
+        transposed = [delta.swapaxes(1, 2) for delta in self._deltas]
+        self._first = (transposed[0], gradient.weights[0])
+        self._upper = [
+            _Step(
+                transposed[i], self._outputs[i - 1], gradient.weights[i],
+                self._deltas[i], network.weights[i], self._deltas[i - 1], scratch[i - 1],
+            )
+            for i in reversed(range(1, len(widths)))
+        ]  # fmt: skip
+        self._biases = [] if gradient.biases is None else list(zip(self._deltas, gradient.biases, strict=True))
+        self._ones = arrays.zeros(members, 1, n_rows) + 1  # A product with ones sums in half the time of a sum.
+        self._scale = 2 / (n_rows * widths[-1])
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Write the gradient for inputs x (M, n, features) and targets y (M, n, targets)."""
+        xp, matmul, chain, delta = self._xp, self._xp.matmul, self._chain, self._deltas[-1]
+        prediction = forward(self._layers, self._activate, x, self._outputs, xp)
+        xp.subtract(prediction, y, out=delta)
+        xp.multiply(delta, self._scale, out=delta)
+        for delta_transposed, below, weight_gradient, delta, weight, delta_below, scratch in self._upper:
+            matmul(delta_transposed, below, out=weight_gradient)
+            matmul(delta, weight, out=delta_below)
+            chain(delta_below, below, scratch)
+        delta_transposed, weight_gradient = self._first
+        matmul(delta_transposed, x, out=weight_gradient)
+        for delta, bias_gradient in self._biases:
+            matmul(self._ones, delta, out=bias_gradient)

@@ -1,91 +1,134 @@
-"""PyTorch's SGD, Adam and AdamW as a few vector operations over all parameters of all members, in place."""
+"""PyTorch's optimizers at their default settings, over the rows of a batch of members.
 
+The formulas are those of torch.optim, with biases decayed like weights; learning rate, weight decay and momentum are
+columns (M, 1). An update is a function of the step's number, from 1; it changes the parameters (M, P) in place and
+spoils the gradient (M, P).
+"""
+
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, assert_never
+from dataclasses import dataclass
+from typing import assert_never
 
+import numpy as np
+
+from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
+from worker.networks import Arrays, Tensor
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # PyTorch's defaults
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+Update = Callable[[int], None]
 
 
-def make_update(xp: Any, members: Sequence[ExperimentSpec], parameters: Any, gradients: Any) -> Callable[[], None]:
-    """The function that takes one step; parameters and gradients are buffers of shape (M, P), gradients are used up."""
+@dataclass(frozen=True)
+class _Vectors:
+    """What every update works on, each (M, P)."""
 
-    def column(values: list[float]) -> Any:
-        return xp.asarray(values, dtype=xp.float64).reshape(-1, 1)
+    arrays: Arrays
+    parameters: Tensor
+    gradient: Tensor
+    scratch: Tensor
 
-    def cast(values: Any) -> Any:
-        return xp.asarray(values, dtype=parameters.dtype, device=parameters.device)
+    def zeros(self) -> Tensor:
+        """Another such vector, for the optimizer's state."""
+        return self.arrays.zeros(*self.parameters.shape)
 
-    lr = column([spec.training.lr for spec in members])
-    decay = column([spec.training.weight_decay for spec in members])
-    momentum = column([spec.training.momentum for spec in members])
-    match members[0].training.optimizer:
-        case "sgd" if (momentum > 0).any():
-            return _momentum(xp, parameters, gradients, [cast(values) for values in (lr, decay, momentum)])
+
+def make_update(members: Sequence[ExperimentSpec], parameters: Tensor, gradient: Tensor, arrays: Arrays) -> Update:
+    """The members' optimizer, with the settings of each."""
+    training = [member.training for member in members]
+    lr = np.array([[one.lr] for one in training])
+    decay = np.array([[one.weight_decay] for one in training])
+    vectors = _Vectors(arrays, parameters, gradient, arrays.zeros(*parameters.shape))
+    optimizer = training[0].optimizer
+    match optimizer:
         case "sgd":
-            return _sgd(xp, parameters, gradients, [cast(values) for values in (lr, 1 - lr * decay)])
+            momentum = np.array([[one.momentum] for one in training])
+            return _after(_coupled_decay(vectors, decay), _sgd(vectors, lr, momentum))
         case "adam":
-            return _adam(xp, parameters, gradients, [cast(lr), cast(decay), None])
+            return _after(_coupled_decay(vectors, decay), _adam(vectors, lr))
         case "adamw":
-            return _adam(xp, parameters, gradients, [cast(lr), None, cast(1 - lr * decay)])
-        case other:
-            assert_never(other)
+            return _after(_decoupled_decay(vectors, lr * decay), _adam(vectors, lr))
+        case _:
+            assert_never(optimizer)
 
 
-def _sgd(xp: Any, p: Any, g: Any, rates: list[Any]) -> Callable[[], None]:
-    lr, shrink = rates
-
-    def update() -> None:
-        xp.multiply(p, shrink, out=p)
-        xp.multiply(g, lr, out=g)
-        xp.subtract(p, g, out=p)
-
-    return update
+def _column(values: Array, arrays: Arrays) -> Tensor:
+    return arrays.stack(list(values))
 
 
-def _momentum(xp: Any, p: Any, g: Any, rates: list[Any]) -> Callable[[], None]:
-    lr, decay, momentum = rates
-    velocity, scratch = xp.zeros_like(p), xp.zeros_like(p)
+def _after(decay: Update | None, step: Update) -> Update:
+    if decay is None:
+        return step
 
-    def update() -> None:
-        xp.multiply(p, decay, out=scratch)
-        xp.add(g, scratch, out=g)
-        xp.multiply(velocity, momentum, out=velocity)
-        xp.add(velocity, g, out=velocity)
-        xp.multiply(velocity, lr, out=scratch)
-        xp.subtract(p, scratch, out=p)
+    def update(number: int) -> None:
+        decay(number)
+        step(number)
 
     return update
 
 
-def _adam(xp: Any, p: Any, g: Any, rates: list[Any]) -> Callable[[], None]:
-    """Kingma and Ba (2015); with `decay` coupled into the gradient (Adam) or `shrink` beside it (AdamW)."""
-    lr, decay, shrink = rates
-    mean, square, scratch, rate = xp.zeros_like(p), xp.zeros_like(p), xp.zeros_like(p), xp.zeros_like(lr)
-    step = 0
+def _coupled_decay(v: _Vectors, decay: Array) -> Update | None:
+    """gradient += decay·parameters."""
+    if not decay.any():
+        return None
+    xp, decays = v.arrays.xp, _column(decay, v.arrays)
 
-    def update() -> None:
-        nonlocal step
-        step += 1
-        if decay is not None:
-            xp.multiply(p, decay, out=scratch)
-            xp.add(g, scratch, out=g)
-        if shrink is not None:
-            xp.multiply(p, shrink, out=p)
-        xp.subtract(g, mean, out=scratch)
-        xp.multiply(scratch, 1 - BETA1, out=scratch)
-        xp.add(mean, scratch, out=mean)
-        xp.square(g, out=g)
-        xp.multiply(g, 1 - BETA2, out=g)
-        xp.multiply(square, BETA2, out=square)
-        xp.add(square, g, out=square)
-        xp.sqrt(square, out=scratch)
-        xp.multiply(scratch, (1 - BETA2**step) ** -0.5, out=scratch)
-        xp.add(scratch, EPSILON, out=scratch)
-        xp.divide(mean, scratch, out=scratch)
-        xp.multiply(lr, 1 / (1 - BETA1**step), out=rate)
-        xp.multiply(scratch, rate, out=scratch)
-        xp.subtract(p, scratch, out=p)
+    def update(number: int) -> None:
+        xp.multiply(v.parameters, decays, out=v.scratch)
+        xp.add(v.gradient, v.scratch, out=v.gradient)
+
+    return update
+
+
+def _decoupled_decay(v: _Vectors, lr_decay: Array) -> Update | None:
+    """parameters *= 1 − lr·decay."""
+    if not lr_decay.any():
+        return None
+    xp, kept = v.arrays.xp, _column(1 - lr_decay, v.arrays)
+
+    def update(number: int) -> None:
+        xp.multiply(v.parameters, kept, out=v.parameters)
+
+    return update
+
+
+def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Update:
+    """velocity = momentum·velocity + gradient; parameters −= lr·velocity."""
+    xp, rates, momenta = v.arrays.xp, _column(lr, v.arrays), _column(momentum, v.arrays)
+    velocity = v.zeros() if momentum.any() else v.gradient
+
+    def update(number: int) -> None:
+        if velocity is not v.gradient:
+            xp.multiply(velocity, momenta, out=velocity)
+            xp.add(velocity, v.gradient, out=velocity)
+        xp.multiply(velocity, rates, out=v.scratch)
+        xp.subtract(v.parameters, v.scratch, out=v.parameters)
+
+    return update
+
+
+def _adam(v: _Vectors, lr: Array) -> Update:
+    """parameters −= lr·m̂/(√v̂ + ε), with m̂ and v̂ the bias-corrected means of gradient and gradient².
+
+    The running sums kept are m/(1 − β₁) and v/(1 − β₂), which cost two operations less; numerator and denominator are
+    both scaled by √((1 − β₂ᵗ)/(1 − β₂)) to make up for it.
+    """
+    xp, rates = v.arrays.xp, _column(lr, v.arrays)
+    first, second = v.zeros(), v.zeros()
+
+    def update(number: int) -> None:
+        scale = math.sqrt((1 - BETA2**number) / (1 - BETA2))
+        xp.multiply(first, BETA1, out=first)
+        xp.add(first, v.gradient, out=first)
+        xp.multiply(second, BETA2, out=second)
+        xp.multiply(v.gradient, v.gradient, out=v.gradient)
+        xp.add(second, v.gradient, out=second)
+        xp.sqrt(second, out=v.scratch)
+        xp.add(v.scratch, EPSILON * scale, out=v.scratch)
+        xp.divide(first, v.scratch, out=v.scratch)
+        xp.multiply(v.scratch, rates * (scale * (1 - BETA1) / (1 - BETA1**number)), out=v.scratch)
+        xp.subtract(v.parameters, v.scratch, out=v.parameters)
 
     return update

@@ -3,42 +3,34 @@
 Members are experiments with the same shapes and the same schedule: their parameters are the rows of one array, and
 data, seed, learning rate, weight decay and momentum are each member's own. What a member becomes does not depend on who
 else is in the batch. The formulas are written once over an array namespace: numpy on the CPU, torch on CUDA.
-Training yields; it does not write, and it measures losses only.
+Training yields; it does not write, and it measures nothing but losses.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
-from service.schemas import ExperimentSpec, Optimizer
-from worker.datasets import Floats, make_dataset
+from service.schemas import ExperimentSpec
+from worker import datasets
 from worker.networks import (
     Arrays,
-    InPlace,
-    Layer,
+    Backpropagation,
     Network,
     Tensor,
-    activation_of,
     as_numpy,
-    chain_of,
-    forward,
     initial_parameters,
-    layers_of,
     named_parameters,
-    network_of,
 )
+from worker.optimizers import make_update
+from worker.scores import score_of
 
-Update = Callable[[int], None]
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-CHUNK = 2**16  # Values of a layer's output at once when a whole data set is evaluated: they stay in the cache.
+GATHER = 2**20  # Values moved at a time when the data are shuffled, so that no second copy of them is ever made.
 GAMMA, MIX1, MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -46,9 +38,9 @@ GAMMA, MIX1, MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9,
 class Snapshot:
     """The members at the end of an epoch; epoch 0 is before training.
 
-    Losses and R² are (M,); NaN stands for no validation set, and in R² for a target without variance. `weights` are
-    live views (M, out, in): training goes on in them once the next snapshot is asked for. `diverged` (M,) marks the
-    members of which some parameter or loss is, or has been, infinite or NaN.
+    Losses and R² are (M,); NaN stands for no validation set, and in R² also for a target that does not vary. `weights`
+    are live views (M, out, in): training goes on in them once the next snapshot is asked for. `diverged` (M,) marks
+    the members of which a parameter or a loss is, or has been, infinite or NaN.
     """
 
     epoch: int
@@ -61,7 +53,7 @@ class Snapshot:
 
 
 class Trainer:
-    """A batch of members and the arrays that they are trained in; the parameters are live in `network`."""
+    """A batch of members, ready to be trained once; the parameters are live in `network`."""
 
     def __init__(
         self,
@@ -70,22 +62,133 @@ class Trainer:
         dtype: str = "float32",
         xp: ModuleType | None = None,
     ) -> None:
+        """Members must share shapes and schedule. Raises ValueError."""
         check_alike(members)
         self.spec = members[0]
-        self.arrays = Arrays(xp or (np if device == "cpu" else torch), device, dtype)
-        self._seeds = self.arrays.stack([np.array([spec.seed], dtype=np.int64) for spec in members])
-        datasets = [make_dataset(spec, dtype) for spec in members]
-        self.x_train, self.y_train, self.x_validation, self.y_validation = map(
-            self.arrays.stack, zip(*datasets, strict=True)
-        )
-        self._train_squares = np.stack([_squares_about_mean(data.y_train) for data in datasets])
-        self._validation_squares = np.stack([_squares_about_mean(data.y_validation) for data in datasets])
-        shapes, bias = list(self.spec.shapes.values()), self.spec.network.bias
-        self._parameters = self.arrays.stack([initial_parameters(spec).astype(dtype) for spec in members])
-        self._gradient = self.arrays.zeros(*self._parameters.shape)
-        self.network = network_of(self._parameters, shapes, bias)
-        self._layers = layers_of(self.network)
-        self._activate = activation_of(self.spec.network.activation, self.arrays)
-        self._update = _make_update(
-            self.spec.training.optimizer, self._parameters, self._gradient, members, self.arrays
-        )
+        self.xp, self.device = xp or (np if device == "cpu" else torch), device
+        self._arrays = Arrays(self.xp, device, dtype)
+        self._seeds = self.xp.asarray(np.array([[member.seed] for member in members]), device=device)
+        self._prepare_data(members)
+        self._prepare_parameters(members)
+
+    def _prepare_data(self, members: Sequence[ExperimentSpec]) -> None:
+        stack = self._arrays.stack
+        parts = zip(*(datasets.make(member) for member in members), strict=True)
+        self._x, self._y, self._x_validation, self._y_validation = (stack(part) for part in parts)
+        self._x_shuffled, self._y_shuffled = (self.xp.empty_like(part) for part in (self._x, self._y))
+
+    def _prepare_parameters(self, members: Sequence[ExperimentSpec]) -> None:
+        spec, arrays = self.spec, self._arrays
+        self.parameters = arrays.stack([initial_parameters(member) for member in members])
+        gradient = self.xp.zeros_like(self.parameters)
+        self.network, slopes = Network.of(self.parameters, spec), Network.of(gradient, spec)
+        last = spec.n_training - (spec.steps_per_epoch - 1) * spec.training.batch_size
+        self._backpropagate = {
+            n_rows: Backpropagation(self.network, slopes, n_rows, arrays)
+            for n_rows in {min(spec.training.batch_size, spec.n_training), last}
+        }
+        self._update = make_update(members, self.parameters, gradient, arrays)
+        self._train_score = score_of(self.network, self._x, self._y, arrays)
+        self._validation_score = score_of(self.network, self._x_validation, self._y_validation, arrays)
+
+    def copy_weights(self) -> list[Tensor]:
+        """The weights (M, out, in) as they are now, in memory of their own."""
+        return [self.xp.asarray(weight, copy=True) for weight in self.network.weights]
+
+    def state(self, member: int) -> dict[str, NDArray[Any]]:
+        """A member's parameters as they are now, under PyTorch's names."""
+        return named_parameters(self.network, member)
+
+    def train(self) -> Iterator[Snapshot]:
+        """Train, and yield at every recorded epoch and when a member diverges; it ends early once all have."""
+        recorded = set(self.spec.recorded_epochs)
+        diverged = np.zeros(len(self.parameters), dtype=bool)
+        for epoch in range(self.spec.training.epochs + 1):
+            if epoch > 0:
+                self._train_epoch(epoch)
+            broken = ~as_numpy(self.xp.isfinite(self.parameters).all(1))
+            if epoch in recorded or (broken & ~diverged).any():
+                snapshot = self._measure(epoch, diverged | broken)
+                diverged = snapshot.diverged
+                yield snapshot
+            if diverged.all():
+                return
+
+    # Overflow is a result here, not an accident: members that diverge are reported, not warned about.
+    @np.errstate(all="ignore")
+    def _train_epoch(self, epoch: int) -> None:
+        """Pass over the training data once, in an order of the epoch's own; the last batch may be short."""
+        size = self.spec.training.batch_size
+        step = (epoch - 1) * self.spec.steps_per_epoch
+        self._shuffle(epoch)
+        for start in range(0, self.spec.n_training, size):
+            x, y = self._x_shuffled[:, start : start + size], self._y_shuffled[:, start : start + size]
+            self._backpropagate[x.shape[1]](x, y)
+            step += 1
+            self._update(step)
+
+    def _shuffle(self, epoch: int) -> None:
+        n_members, n_samples, n_features = self._x.shape
+        order = shuffled_order(self.xp, self._seeds, epoch, n_samples)
+        members = self.xp.arange(n_members, device=self.device)[:, None]
+        n_rows = max(1, GATHER // (n_members * n_features))
+        for start in range(0, n_samples, n_rows):
+            rows = slice(start, start + n_rows)
+            self._x_shuffled[:, rows] = self._x[members, order[:, rows]]
+            self._y_shuffled[:, rows] = self._y[members, order[:, rows]]
+
+    @np.errstate(all="ignore")
+    def _measure(self, epoch: int, diverged: NDArray[np.bool_]) -> Snapshot:
+        train_loss, train_r2 = self._train_score()
+        validation_loss, validation_r2 = self._validation_score()
+        diverged = diverged | ~np.isfinite(train_loss)
+        if self.spec.n_validation:
+            diverged = diverged | ~np.isfinite(validation_loss)
+        weights = self.network.weights
+        return Snapshot(epoch, train_loss, validation_loss, train_r2, validation_r2, weights, diverged)
+
+
+def shuffled_order(xp: Any, seeds: Tensor, epoch: int, n: int) -> Tensor:
+    """The order of n samples in an epoch, seeds (M, 1) → (M, n): a function of (seed, epoch, index) alone.
+
+    Sample i is sorted by a hash of (seed, epoch, i), computed where the data are: the same on numpy, torch and every
+    device, and no generator has to be stored in order to go on from an epoch. The hash is splitmix64 (Steele, Lea and
+    Flood, 2014), started from seed and epoch, one step of γ an index.
+    """
+    start = _mix(_mix(seeds) ^ epoch)
+    indices = xp.arange(n, device=seeds.device)
+    return xp.argsort(_mix(start + indices * GAMMA), stable=True)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser, a bijection of 64 bits; the masks make the shifts of signed numbers logical."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * MIX1
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * MIX2
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def check_alike(members: Sequence[ExperimentSpec]) -> None:
+    """Raise ValueError unless there are members and they share shapes and schedule."""
+    if not members:
+        raise ValueError("a batch needs at least one member")
+    first = _shared(members[0])
+    for index, member in enumerate(members):
+        for name, value in _shared(member).items():
+            if value != first[name]:
+                message = f"members of a batch share shapes and schedule: {name} is {value!r} for member {index}"
+                raise ValueError(f"{message}, {first[name]!r} for member 0")
+
+
+def _shared(spec: ExperimentSpec) -> dict[str, object]:
+    training, network = spec.training, spec.network
+    return {
+        "widths": spec.widths,
+        "activation": network.activation,
+        "bias": network.bias,
+        "optimizer": training.optimizer,
+        "batch_size": training.batch_size,
+        "epochs": training.epochs,
+        "record.every": spec.record.every,
+        "n_training": spec.n_training,
+        "n_validation": spec.n_validation,
+    }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.errors import BadRequestValue
 from service.lowrank.compression import break_even_rank, relative_errors
-from service.lowrank.ranks import SLACK, Array, Shape, frobenius_norm
+from service.lowrank.ranks import SLACK, Array, Shape, stable_rank
 
 Weighting = Literal["absolute", "relative"]
 
@@ -81,12 +81,11 @@ def global_budget(layers: Sequence[Layer], fraction: float, weighting: Weighting
 
 
 def _weighted_options(layers: Sequence[Layer], weighting: Weighting) -> tuple[float, list[_Options]]:
-    """The options in units of the largest layer's energy, since squares of large norms overflow; and the unit's root."""
-    norms = [float(frobenius_norm(layer.s)) for layer in layers]
+    """The largest σ₁ of the model, and the options with energies over its square, which alone might overflow."""
     if weighting == "relative":
         return 1.0, [_options(layer, 1.0) for layer in layers]
-    unit = max(norms, default=0.0) or 1.0
-    return unit, [_options(layer, (norm / unit) ** 2) for layer, norm in zip(layers, norms, strict=True)]
+    unit = max((float(layer.s[0]) for layer in layers), default=0.0) or 1.0
+    return unit, [_options(layer, float((layer.s[0] / unit) ** 2 * stable_rank(layer.s))) for layer in layers]
 
 
 def _options(layer: Layer, weight: float) -> _Options:

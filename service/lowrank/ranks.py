@@ -99,7 +99,7 @@ def rank_tolerance(shape: Shape, dtype: str) -> float | None:
 
 
 def count_above(s: Array, threshold: Array) -> NDArray[np.int64]:
-    """#{σ > threshold}, equality up to rounding not counted; `threshold` has the leading shape of `s`, or is one for all."""
+    """#{σ > threshold}, equality up to rounding not counted; `threshold` has the leading shape of `s` or is 0-d."""
     return np.asarray(np.count_nonzero(s > np.expand_dims(threshold, -1) * (1 + SLACK), axis=-1))
 
 

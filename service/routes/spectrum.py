@@ -96,7 +96,9 @@ def _tag(row: JobRow, last: int | None, form: str, query: SpectrumQuery) -> str:
 def chosen_layers(spec: ExperimentSpec, layer: str | None, default: str) -> list[str]:
     """The layers that a view shows. Raises BadRequestValue for one that is not recorded."""
     recorded = spec.recorded_layers
-    wanted = layer or (default if default in {"all", *recorded} else recorded[0])
+    wanted = layer
+    if wanted is None:
+        wanted = default if default in {"all", *recorded} else recorded[0]
     if wanted == "all":
         return recorded
     if wanted not in recorded:

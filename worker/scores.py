@@ -1,0 +1,62 @@
+"""Mean squared error and R² of a batch of networks on whole data sets, summed in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.lowrank.ranks import Array
+from worker.networks import Arrays, Network, Tensor, activation_of, as_numpy, forward
+
+CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
+
+Score = Callable[[], tuple[Array, Array]]
+
+
+def squares_about_mean(y: NDArray[Any]) -> Array:
+    """Each target's sum of squares about its mean, (n, targets) → (targets,); exactly 0 where it does not vary."""
+    return np.array([_column_squares(column.astype(np.float64)) for column in y.T])
+
+
+def _column_squares(column: Array) -> float:
+    if column.size == 0:
+        return 0.0
+    # The computed mean of equal numbers need not equal them; that of zeros is 0.
+    centred = column - column[0]
+    centred -= centred.mean()
+    return float(centred @ centred)
+
+
+def loss_and_r2(squared_errors: Array, total_squares: Array, n_samples: int) -> tuple[Array, Array]:
+    """Mean squared error and R² from each target's sum of squared errors (…, targets), the average over targets.
+
+    NaN: the loss without samples, R² where some target's sum of squares about its mean (targets,) is 0.
+    """
+    if n_samples == 0:
+        nothing = np.full(squared_errors.shape[:-1], np.nan)
+        return nothing, nothing.copy()
+    with np.errstate(all="ignore"):
+        loss = squared_errors.mean(axis=-1) / n_samples
+        r2 = (1 - squared_errors / total_squares).mean(axis=-1)
+    return loss, np.where((total_squares == 0).any(axis=-1), np.nan, r2)
+
+
+def score_of(network: Network, x: Tensor, y: Tensor, arrays: Arrays) -> Score:
+    """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features), y (M, n, targets)."""
+    n_members, n_samples, n_targets = y.shape
+    total_squares = np.stack([squares_about_mean(member) for member in as_numpy(y)])
+    n_rows = min(n_samples, max(1, CHUNK // (n_members * max(network.widths))))
+    buffers = [arrays.empty(n_members, n_rows, width) for width in network.widths]
+    layers, activate, xp = network.layers, activation_of(network.activation, arrays), arrays.xp
+
+    def score() -> tuple[Array, Array]:
+        squares = xp.zeros((n_members, n_targets), dtype=xp.float64, device=arrays.device)
+        for start in range(0, n_samples, n_rows or 1):
+            x_part, y_part = x[:, start : start + n_rows], y[:, start : start + n_rows]
+            outputs = [buffer[:, : y_part.shape[1]] for buffer in buffers]
+            residual = xp.asarray(forward(layers, activate, x_part, outputs, xp) - y_part, dtype=xp.float64)
+            squares += (residual * residual).sum(1)
+        return loss_and_r2(as_numpy(squares), total_squares, n_samples)
+
+    return score
