@@ -25,8 +25,8 @@ def run(settings: Settings, out: Path) -> int:
     """Start a server, post the memo preset, follow it, fetch everything; the answer is the exit code."""
     console = Console()
     try:
-        with _server(settings, out) as url, httpx.Client(base_url=url, timeout=60) as client:
-            _wait_until_ready(client)
+        with running_server(settings, out) as url, httpx.Client(base_url=url, timeout=60) as client:
+            wait_until_ready(client)
             experiment = _checked(
                 client.post("/experiments", json={"preset": "memo", "name": "The memo: Y = tanh(AX)"})
             ).json()
@@ -43,7 +43,7 @@ def run(settings: Settings, out: Path) -> int:
 
 
 @contextlib.contextmanager
-def _server(settings: Settings, out: Path) -> Iterator[str]:
+def running_server(settings: Settings, out: Path) -> Iterator[str]:
     """A server of its own on a free port. It stops when its standard input ends: even if we are killed."""
     out.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -61,7 +61,8 @@ def _server(settings: Settings, out: Path) -> Iterator[str]:
         process.wait(30)
 
 
-def _wait_until_ready(client: httpx.Client) -> None:
+def wait_until_ready(client: httpx.Client) -> None:
+    """Return when the server takes work. Raises httpx.TransportError if it has not answered for a minute."""
     deadline = time.monotonic() + START_S
     while True:
         try:
