@@ -286,7 +286,7 @@ def test_the_table_says_the_numbers_and_a_dash_for_none_and_nan() -> None:
 
 def test_an_update_is_named_as_one() -> None:
     texts = [text.get_text() for text in scene_of(frames(1), replace(CHART, of="update")).figure.texts]
-    assert "singular values of W − W₀, 64 × 64, hidden.1" in texts
+    assert "singular values of W − W₀ of hidden.1, 64 × 64" in texts
 
 
 def test_zeros_on_a_logarithmic_axis_lie_on_its_edge() -> None:
@@ -318,7 +318,7 @@ def test_index_ticks_begin_at_one_and_end_within(count: int) -> None:
 )
 def test_edge_spectra_are_drawn(values: np.ndarray, scale: str) -> None:
     chart, shown = replace(CHART, scale=scale), [Spectrum(0, values), Spectrum(1, values)]
-    assert opened(spectrum_png(shown, chart)).size == (800, 500)
+    assert opened(spectrum_png(shown, chart)).size == (640, 400)
     ElementTree.fromstring(spectrum_svg(shown, chart))  # noqa: S314 - our own bytes
     assert opened(spectrum_gif(shown, chart)).n_frames == 2
 
@@ -335,7 +335,7 @@ def test_a_zero_update_grows_into_a_spectrum_in_an_animation() -> None:
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_drawn_and_inert(name: str) -> None:
     chart = Chart(name, name, (64, 64))
-    assert opened(spectrum_png(frames(2), chart)).size == (800, 500)
+    assert opened(spectrum_png(frames(2), chart)).size == (640, 400)
     assert opened(spectrum_gif(frames(2), chart)).n_frames == 2
     root = ElementTree.fromstring(spectrum_svg(frames(2), chart))  # noqa: S314 - our own bytes
     tags = {element.tag for element in root.iter() if element.tag.startswith(SVG)}
@@ -353,7 +353,7 @@ def test_long_names_are_shortened_and_short_ones_are_not() -> None:
     title, subtitle = scene_of(frames(1), Chart("word " * 40, "layer" * 40, (64, 64))).figure.texts[:2]
     assert title.get_text().endswith("word…")
     assert subtitle.get_text().endswith("…")
-    assert 700 < title.get_window_extent().x1 <= 800
+    assert 540 < title.get_window_extent().x1 <= 640
     assert scene_of(frames(1)).figure.texts[0].get_text() == "memo"
 
 
