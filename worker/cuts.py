@@ -1,41 +1,71 @@
 """The price of a cut in the task's own loss: the trained network with one layer's weight truncated to every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+import numpy as np
 
 from service.lowrank.ranks import Array
+from service.schemas import Activation
 from worker.decompose import svd
-from worker.networks import Arrays, Network, Tensor, activation_of, as_numpy, forward, namespace_of
+from worker.networks import Network, Tensor, activation_of, as_numpy, forward, namespace_of
 from worker.scores import loss_and_r2, squares_about_mean
 
 CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
 
 
-def cut_curve(network: Network, layer: int, x: Tensor, y: Tensor) -> tuple[Array, Array]:
-    """Loss (k,) and R² (k,) on x (n, features), y (n, targets) with W, of layer 0, 1, …, replaced by W_r, r = 1…k.
+def cut_curves(
+    network: Network, activation: Activation, x: Tensor, y: Tensor, layers: Collection[str] | None = None
+) -> dict[str, tuple[Array, Array]]:
+    """Layer name → loss (k,) and R² (k,) of the network with that layer alone cut to its best rank r = 1…k.
 
-    The network is a single one, in the dtype and on the device of x and y; float64 is what keeps small differences
-    between ranks. Both are NaN where there are no samples, R² also where a target does not vary.
+    The network is a single one; x (n, features) and y (n, targets) are its validation set. All is worked out in
+    float64. Both are NaN where there are no samples, R² also where a target does not vary. `layers` names the layers
+    to cut; None cuts each of them in turn.
     """
-    arrays = Arrays(namespace_of(x), x.device, str(x.dtype).removeprefix("torch."))
-    squares = arrays.zeros(min(network.weights[layer].shape), y.shape[1])
+    xp, network = namespace_of(x), network.cast("float64")
+    x, y = xp.asarray(x, dtype=xp.float64), xp.asarray(y, dtype=xp.float64)
+    total_squares = squares_about_mean(as_numpy(y))
+    names = [f"W{index + 1}" for index in range(len(network.weights))]
+    return {
+        name: loss_and_r2(_squared_errors(network, activation, index, x, y), total_squares, len(x))
+        for index, name in enumerate(names)
+        if layers is None or name in layers
+    }
+
+
+def _squared_errors(network: Network, activation: Activation, index: int, x: Tensor, y: Tensor) -> Array:
+    """Each target's sum of squared errors (k, targets) after the cut of one layer to rank 1…k."""
+    u, s, vt = (namespace_of(x).asarray(factor, device=x.device) for factor in svd(network.weights[index]))
+    bias = None if network.biases is None else network.biases[index]
     n_rows = max(1, CHUNK // max(network.widths))
-    u, s, vt = (arrays.cast(factor) for factor in svd(network.weights[layer]))
+    squares = np.zeros((len(s), y.shape[1]))
     for start in range(0, len(x), n_rows):
-        part = slice(start, start + n_rows)
-        inputs = _below(network, layer, x[part], arrays)
-        for rank, z in enumerate(_partial_sums(inputs @ (vt.T * s), u.T, network.layers[layer].bias)):
-            squares[rank] += ((_above(network, layer, z, arrays) - y[part]) ** 2).sum(0)
-    return loss_and_r2(as_numpy(squares), squares_about_mean(as_numpy(y)), len(x))
+        rows = slice(start, start + n_rows)
+        amounts = forward(network, activation, x[rows], stop=index) @ (vt.T * s)
+        for rank, z in enumerate(_partial_sums(amounts, u.T, bias)):
+            residual = _finish(network, activation, index, z) - y[rows]
+            squares[rank] += as_numpy((residual * residual).sum(0))
+    return squares
 
 
 def _partial_sums(amounts: Tensor, directions: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
-    """z (n, out) at rank 1…k, each in the same array: z_r = z_{r−1} + (a·σᵣvᵣ)uᵣᵀ, so no truncated W is ever formed.
+    """z (n, out) at rank 1…k, all in one array: z_r = z_{r−1} + (a·σᵣvᵣ)uᵣᵀ, so that no W_r is ever formed.
 
-    `amounts` (n, k) are the a·σᵣvᵣ of inputs a, `directions` (k, out) the uᵣ.
+    `amounts` (n, k) are the a·σᵣvᵣ of the inputs a, `directions` (k, out) the uᵣ.
     """
-    z = 0 * amounts[:, :1] * directions[:1]
+    z = amounts[:, :1] * directions[:1] * 0
     if bias is not None:
         z += bias
     for rank, direction in enumerate(directions):
         z += amounts[:, rank : rank + 1] * direction
         yield z
+
+
+def _finish(network: Network, activation: Activation, index: int, z: Tensor) -> Tensor:
+    """The network's answer from a layer's z on; z stays as it is."""
+    if index == len(network.weights) - 1:
+        return z
+    xp = namespace_of(z)
+    h = xp.asarray(z, copy=True)
+    activation_of(activation, xp)(h)
+    return forward(network, activation, h, first=index + 1)

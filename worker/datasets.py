@@ -1,25 +1,28 @@
 """The memo's data: Y = target(Z) with Z = AX linear, from scikit-learn's make_regression."""
 
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import make_regression
 
 from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec, Target
 
+Floats = NDArray[np.floating[Any]]
+
 
 class Dataset(NamedTuple):
-    """Inputs (n, features) and targets (n, targets), float64; the first samples train, the last ones validate."""
+    """Inputs (n, features) and targets (n, targets); the first samples train, the last ones validate."""
 
-    x_train: Array
-    y_train: Array
-    x_validation: Array
-    y_validation: Array
+    x_train: Floats
+    y_train: Floats
+    x_validation: Floats
+    y_validation: Floats
 
 
-def make(spec: ExperimentSpec) -> Dataset:
-    """The data of an experiment, a function of `data` and its seed alone."""
+def make_dataset(spec: ExperimentSpec, dtype: str = "float32") -> Dataset:
+    """The data of an experiment, a function of `data` and its seed alone; computed in float64, rounded to `dtype`."""
     data = spec.data
     x, z = make_regression(
         data.n_samples,
@@ -32,7 +35,8 @@ def make(spec: ExperimentSpec) -> Dataset:
     z = z.reshape(data.n_samples, data.n_targets)  # One target comes back as a vector.
     if data.standardize:
         z = _standardized(z)
-    y, n = _apply(data.target, z), spec.n_training
+    x, y = x.astype(dtype), _apply(data.target, z).astype(dtype)
+    n = spec.n_training
     return Dataset(x[:n], y[:n], x[n:], y[n:])
 
 

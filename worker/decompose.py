@@ -12,6 +12,7 @@ from service.lowrank.ranks import Array
 from worker.networks import Tensor
 
 GRAM_LIMIT = 1e-5
+FAILED = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 def singular_values(weights: Tensor, stored_dtype: str) -> Array:
@@ -49,7 +50,7 @@ def svd(weight: Tensor) -> tuple[Array, Array, Array]:
     matrix = _float64(weight).cpu().numpy()
     try:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    except np.linalg.LinAlgError:
+    except FAILED:
         u, s, vt = _slowly(matrix, compute_uv=True)
     return u, s, vt
 
@@ -70,16 +71,16 @@ def _through_gram(batch: torch.Tensor) -> Array:
     gram = batch @ batch.mT if m <= n else batch.mT @ batch
     try:
         squares = torch.linalg.eigvalsh(gram)
-    except torch.linalg.LinAlgError:
+    except FAILED:
         return _in_full(batch)
-    return squares.flip(1).clamp(min=0).sqrt().cpu().numpy()
+    return np.asarray(squares.flip(1).clamp(min=0).sqrt().cpu())
 
 
 def _in_full(batch: torch.Tensor) -> Array:
     """(N, m, n) → (N, k)."""
     try:
-        return torch.linalg.svdvals(batch).cpu().numpy()
-    except torch.linalg.LinAlgError:
+        return np.asarray(torch.linalg.svdvals(batch).cpu())
+    except FAILED:
         return np.stack([_slowly(matrix, compute_uv=False) for matrix in batch.cpu().numpy()])
 
 

@@ -61,7 +61,6 @@ class Network:
 
     weights: list[Tensor]
     biases: list[Tensor] | None
-    activation: Activation
 
     @classmethod
     def of(cls, flat: Tensor, spec: ExperimentSpec) -> "Network":
@@ -73,12 +72,19 @@ class Network:
             if spec.network.bias:
                 biases.append(flat[:, start : start + m].reshape(-1, 1, m))
                 start += m
-        return cls(weights, biases if spec.network.bias else None, spec.network.activation)
+        return cls(weights, biases if spec.network.bias else None)
 
     def member(self, index: int) -> "Network":
         """One network of the batch: weights (out, in), biases (1, out)."""
         biases = None if self.biases is None else [bias[index] for bias in self.biases]
-        return Network([weight[index] for weight in self.weights], biases, self.activation)
+        return Network([weight[index] for weight in self.weights], biases)
+
+    def cast(self, dtype: str) -> "Network":
+        """The same network in another dtype."""
+        xp = namespace_of(self.weights[0])
+        to = getattr(xp, dtype)
+        biases = None if self.biases is None else [xp.asarray(bias, dtype=to) for bias in self.biases]
+        return Network([xp.asarray(weight, dtype=to) for weight in self.weights], biases)
 
     @property
     def widths(self) -> list[int]:
@@ -126,15 +132,14 @@ def initial_parameters(spec: ExperimentSpec) -> NDArray[np.float32]:
     return flat
 
 
-def activation_of(name: Activation, arrays: Arrays) -> InPlace:
+def activation_of(name: Activation, xp: Any) -> InPlace:
     """The function z → activation(z), in place."""
-    xp = arrays.xp
     match name:
         case "tanh":
             return lambda z: xp.tanh(z, out=z)
         case "relu":
-            zero = arrays.zeros()  # torch's maximum takes no Python number.
-            return lambda z: xp.maximum(z, zero, out=z)
+            # A number would do for numpy, but not for torch.
+            return lambda z: xp.maximum(z, xp.zeros((), dtype=z.dtype, device=z.device), out=z)
         case "sigmoid":
             return lambda z: _sigmoid(z, xp)
         case "identity":
@@ -178,17 +183,20 @@ def _sigmoid_chain(delta: Tensor, a: Tensor, scratch: Tensor, xp: Any) -> None:
     xp.subtract(delta, scratch, out=delta)
 
 
-def forward(layers: list[Layer], activate: InPlace, x: Tensor, outputs: list[Tensor], xp: Any) -> Tensor:
-    """The network's answer (M, n, targets) to x (M, n, features); `outputs` keeps what every layer gave."""
-    matmul, add, last = xp.matmul, xp.add, outputs[-1]
-    for (transposed, bias), output in zip(layers, outputs, strict=True):
-        matmul(x, transposed, out=output)
+def forward(network: Network, activation: Activation, h: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+    """The outputs (…, n, out) of layers first…stop−1 for inputs (…, n, in), in memory of their own.
+
+    Every layer but the network's last one is activated.
+    """
+    xp = namespace_of(h)
+    activate, last = activation_of(activation, xp), len(network.weights) - 1
+    for index, (transposed, bias) in enumerate(network.layers[first:stop], first):
+        h = xp.matmul(h, transposed)
         if bias is not None:
-            add(output, bias, out=output)
-        if output is not last:
-            activate(output)
-        x = output
-    return x
+            h += bias
+        if index < last:
+            activate(h)
+    return h
 
 
 class _Step(NamedTuple):
@@ -206,14 +214,17 @@ class _Step(NamedTuple):
 class Backpropagation:
     """The gradient of the mean squared error of batches of `n_rows` rows, worked out in buffers that are made once."""
 
-    def __init__(self, network: Network, gradient: Network, n_rows: int, arrays: Arrays) -> None:
+    def __init__(
+        self, network: Network, gradient: Network, activation: Activation, n_rows: int, arrays: Arrays
+    ) -> None:
         members, widths = len(network.weights[0]), network.widths
-        self._xp, self._layers = arrays.xp, network.layers
-        self._activate = activation_of(network.activation, arrays)
-        self._chain = chain_of(network.activation, arrays.xp)
+        self._xp = arrays.xp
+        self._activate = activation_of(activation, arrays.xp)
+        self._chain = chain_of(activation, arrays.xp)
         self._outputs, self._deltas, scratch = (
             [arrays.empty(members, n_rows, width) for width in widths] for _ in range(3)
         )
+        self._layers = list(zip(network.layers, self._outputs, strict=True))
         transposed = [delta.swapaxes(1, 2) for delta in self._deltas]
         self._first = (transposed[0], gradient.weights[0])
         self._upper = [
@@ -229,15 +240,27 @@ class Backpropagation:
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Write the gradient for inputs x (M, n, features) and targets y (M, n, targets)."""
-        xp, matmul, chain, delta = self._xp, self._xp.matmul, self._chain, self._deltas[-1]
-        prediction = forward(self._layers, self._activate, x, self._outputs, xp)
-        xp.subtract(prediction, y, out=delta)
+        xp, matmul = self._xp, self._xp.matmul
+        self._forward(x)
+        delta = self._deltas[-1]
+        xp.subtract(self._outputs[-1], y, out=delta)
         xp.multiply(delta, self._scale, out=delta)
         for delta_transposed, below, weight_gradient, delta, weight, delta_below, scratch in self._upper:
             matmul(delta_transposed, below, out=weight_gradient)
             matmul(delta, weight, out=delta_below)
-            chain(delta_below, below, scratch)
+            self._chain(delta_below, below, scratch)
         delta_transposed, weight_gradient = self._first
         matmul(delta_transposed, x, out=weight_gradient)
         for delta, bias_gradient in self._biases:
             matmul(self._ones, delta, out=bias_gradient)
+
+    def _forward(self, h: Tensor) -> None:
+        """What `forward` gives, layer by layer into the buffers."""
+        matmul, add, last = self._xp.matmul, self._xp.add, self._outputs[-1]
+        for (transposed, bias), output in self._layers:
+            matmul(h, transposed, out=output)
+            if bias is not None:
+                add(output, bias, out=output)
+            if output is not last:
+                self._activate(output)
+            h = output

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
-from worker.networks import Arrays, Network, Tensor, activation_of, as_numpy, forward
+from service.schemas import Activation
+from worker.networks import Arrays, Network, Tensor, as_numpy, forward
 
 CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
 
@@ -42,20 +43,17 @@ def loss_and_r2(squared_errors: Array, total_squares: Array, n_samples: int) -> 
     return loss, np.where((total_squares == 0).any(axis=-1), np.nan, r2)
 
 
-def score_of(network: Network, x: Tensor, y: Tensor, arrays: Arrays) -> Score:
+def score_of(network: Network, activation: Activation, x: Tensor, y: Tensor, arrays: Arrays) -> Score:
     """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features), y (M, n, targets)."""
     n_members, n_samples, n_targets = y.shape
     total_squares = np.stack([squares_about_mean(member) for member in as_numpy(y)])
-    n_rows = min(n_samples, max(1, CHUNK // (n_members * max(network.widths))))
-    buffers = [arrays.empty(n_members, n_rows, width) for width in network.widths]
-    layers, activate, xp = network.layers, activation_of(network.activation, arrays), arrays.xp
+    n_rows, xp = max(1, CHUNK // (n_members * max(network.widths))), arrays.xp
 
     def score() -> tuple[Array, Array]:
         squares = xp.zeros((n_members, n_targets), dtype=xp.float64, device=arrays.device)
-        for start in range(0, n_samples, n_rows or 1):
-            x_part, y_part = x[:, start : start + n_rows], y[:, start : start + n_rows]
-            outputs = [buffer[:, : y_part.shape[1]] for buffer in buffers]
-            residual = xp.asarray(forward(layers, activate, x_part, outputs, xp) - y_part, dtype=xp.float64)
+        for start in range(0, n_samples, n_rows):
+            rows = slice(start, start + n_rows)
+            residual = xp.asarray(forward(network, activation, x[:, rows]) - y[:, rows], dtype=xp.float64)
             squares += (residual * residual).sum(1)
         return loss_and_r2(as_numpy(squares), total_squares, n_samples)
 

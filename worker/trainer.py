@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
-from worker import datasets
+from worker.datasets import make_dataset
 from worker.networks import (
     Arrays,
     Backpropagation,
@@ -73,7 +73,7 @@ class Trainer:
 
     def _prepare_data(self, members: Sequence[ExperimentSpec]) -> None:
         stack = self._arrays.stack
-        parts = zip(*(datasets.make(member) for member in members), strict=True)
+        parts = zip(*(make_dataset(member, self._arrays.dtype) for member in members), strict=True)
         self._x, self._y, self._x_validation, self._y_validation = (stack(part) for part in parts)
         self._x_shuffled, self._y_shuffled = (self.xp.empty_like(part) for part in (self._x, self._y))
 
@@ -82,14 +82,15 @@ class Trainer:
         self.parameters = arrays.stack([initial_parameters(member) for member in members])
         gradient = self.xp.zeros_like(self.parameters)
         self.network, slopes = Network.of(self.parameters, spec), Network.of(gradient, spec)
+        activation = spec.network.activation
         last = spec.n_training - (spec.steps_per_epoch - 1) * spec.training.batch_size
         self._backpropagate = {
-            n_rows: Backpropagation(self.network, slopes, n_rows, arrays)
+            n_rows: Backpropagation(self.network, slopes, activation, n_rows, arrays)
             for n_rows in {min(spec.training.batch_size, spec.n_training), last}
         }
         self._update = make_update(members, self.parameters, gradient, arrays)
-        self._train_score = score_of(self.network, self._x, self._y, arrays)
-        self._validation_score = score_of(self.network, self._x_validation, self._y_validation, arrays)
+        self._train_score = score_of(self.network, activation, self._x, self._y, arrays)
+        self._validation_score = score_of(self.network, activation, self._x_validation, self._y_validation, arrays)
 
     def copy_weights(self) -> list[Tensor]:
         """The weights (M, out, in) as they are now, in memory of their own."""
