@@ -24,7 +24,7 @@ def page(server: Server, path: str, profile: Path) -> str:
     chromium = shutil.which("chromium")
     assert chromium is not None, "the slow tier needs chromium: apt-get install chromium"
     command = [chromium, *QUIET, *OFFLINE, f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom"]
-    url = f"{server.client.base_url}{path}"
+    url = f"{str(server.client.base_url).rstrip(chr(47))}/{path}"
     return subprocess.run([*command, url], capture_output=True, text=True, check=True, timeout=120).stdout
 
 

@@ -35,6 +35,17 @@ def test_singular_values_are_those_put_in(shape: tuple[int, int], stored: str, l
     np.testing.assert_allclose(found, s, rtol=0, atol=1e-12 * s[0])
 
 
+def test_the_gram_matrix_is_trusted_only_where_it_is_good() -> None:
+    """The error grows as σ falls: it is largest just before the full decomposition takes over."""
+    for share in np.logspace(-7, -1, 600):
+        for shape, seed in (((2, 4), 4), ((12, 9), 5)):
+            s = np.ones(min(shape))
+            s[-1] = share
+            matrix = matrix_with(s, shape, seed)
+            found = singular_values(matrix, "float32")
+            np.testing.assert_allclose(found, scipy.linalg.svdvals(matrix), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_repeated_values_stay_apart_from_the_others(stored: str, k: int) -> None:
