@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 # On Linux the default torch wheel brings CUDA with it; TORCH_INDEX=<url> takes it from another wheel index.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo serve test lint slow soak clean
+.PHONY: demo serve test lint slow bench clean
 
 demo: $(VENV)/installed
 	@exec $(BIN)/rankscope demo
@@ -17,8 +17,8 @@ test: lint
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
 
-soak: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m soak
+bench: $(VENV)/installed
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.memo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

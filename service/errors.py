@@ -21,6 +21,7 @@ RankscopeError
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
 ├── LostJob                  another attempt owns the job: stop writing
 └── JobFailed                ends a job as `failed`, with a type clients can match
+    ├── DeviceUnavailable
     └── Diverged
 """
 
@@ -126,6 +127,13 @@ class JobFailed(RankscopeError):
 
     kind = "internal-error"
     title = "The job stopped on an unexpected error"
+
+
+class DeviceUnavailable(JobFailed):
+    """The settings offer a device that the worker does not have."""
+
+    kind = "device-unavailable"
+    title = "The device is not there"
 
 
 class Diverged(JobFailed):

@@ -89,6 +89,14 @@ def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
     stop_server(server)
 
 
+def test_a_device_that_is_offered_but_missing_fails_the_job_in_a_fresh_process(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data", RANKSCOPE_DEVICES="cpu,cuda:99")
+    failed = server.run({"device": "cuda:99"})
+    assert (failed["status"], failed["error"]["type"]) == ("failed", "device-unavailable")
+    assert server.run({"device": "cpu", "training": {"epochs": 1}})["device"] == "cpu"
+    assert stop_server(server) == 0
+
+
 def test_a_full_queue_and_a_full_disk_refuse_new_work(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", workers=0, RANKSCOPE_QUEUE_LIMIT="1")
     server.post({})

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save
 
 from service import files
-from service.errors import Diverged, JobFailed
+from service.errors import DeviceUnavailable, Diverged
 from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
 from service.settings import Settings
@@ -44,11 +44,11 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
 
 
 def choose_device(wanted: str, offered: list[str]) -> str:
-    """The device to train on. Raises JobFailed where the one asked for is not there after all."""
+    """The device to train on. Raises DeviceUnavailable where the one asked for is not there after all."""
     if wanted == "auto":
         wanted = next((name for name in offered if name.startswith("cuda")), "cpu")
-    if wanted != "cpu" and not torch.cuda.is_available():
-        raise JobFailed(f"the deployment offers {wanted}, but torch finds no CUDA device in this worker")
+    if wanted != "cpu" and (torch.device(wanted).index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"the deployment offers {wanted}, but this worker finds no such device")
     return wanted
 
 

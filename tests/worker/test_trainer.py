@@ -176,6 +176,28 @@ def test_the_shuffle_is_a_permutation_that_epoch_and_seed_change() -> None:
             assert (order == later).sum() < 10
 
 
+def splitmix64(state: int) -> int:
+    """Steele, Lea and Flood's finaliser, in Python's own integers."""
+    z = state % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_the_shuffle_sorts_by_splitmix64() -> None:
+    for seed, epoch in ((0, 1), (5, 3), (2**32 - 1, 100_000)):
+        start = splitmix64(splitmix64(seed) ^ epoch)
+        hashes = [splitmix64(start + i * 0x9E3779B97F4A7C15) for i in range(300)]
+        signed = [h - 2**64 if h >= 2**63 else h for h in hashes]
+        assert shuffled_order(np, np.array([[seed]]), epoch, 300)[0].tolist() == list(np.argsort(signed))
+
+
+def test_no_seed_has_another_seeds_epochs() -> None:
+    seeds = np.arange(30)[:, None]
+    orders = {tuple(order) for epoch in range(1, 31) for order in shuffled_order(np, seeds, epoch, 30).tolist()}
+    assert len(orders) == 900
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4), st.integers(1, 100_000), st.integers(1, 200))
 def test_the_shuffle_is_the_same_on_numpy_and_torch(seeds: list[int], epoch: int, n: int) -> None:
@@ -316,6 +338,22 @@ def test_an_infinite_loss_of_finite_weights_is_divergence() -> None:
     snapshot = snapshots(spec_of(network=network, data={"standardize": False}))[0]
     assert all(np.isfinite(weight).all() for weight in snapshot.weights)
     assert snapshot.diverged.tolist() == [True]
+
+
+@pytest.mark.parametrize("score", ["_train_score", "_validation_score"])
+def test_a_loss_that_was_infinite_once_is_not_forgiven(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer([spec_of(seed=0), spec_of(seed=1)])
+    measured, calls = getattr(trainer, score), []
+
+    def infinite_at_first() -> Any:
+        loss, r2 = measured()
+        calls.append(loss)
+        return loss + np.array([0, np.inf if len(calls) == 1 else 0]), r2
+
+    monkeypatch.setattr(trainer, score, infinite_at_first)
+    for snapshot in trainer.train():
+        assert snapshot.diverged.tolist() == [False, True]
+    assert len(calls) == 5
 
 
 def test_overflow_is_silent_only_inside_the_trainer() -> None:
