@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import re
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -34,7 +35,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses={"default": {"description": "A problem, as application/problem+json (RFC 9457)"}},
     )
     app.state.settings = settings
-    app.state.methods = [(route.path_regex, route.methods) for route in _routes()]
+    app.state.methods = [(re.compile("^/openapi.json$"), {"GET"})]
+    app.state.methods += [(route.path_regex, route.methods) for route in _routes()]
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)

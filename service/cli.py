@@ -1,4 +1,4 @@
-"""The command `rankscope`. Exit codes: 0 ok, 1 failed job, 2 usage, 3 no server, 4 refused, 5 database unusable."""
+"""The command `rankscope`. Exit codes: 0 ok, 1 failed, 2 usage, 5 database unusable."""
 
 import importlib.util
 import ipaddress
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import orjson
 import typer
+from pydantic import ValidationError
 
 from service.errors import DatabaseUnusable
 from service.settings import Settings
@@ -20,7 +21,12 @@ Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when stand
 
 
 def _settings(data: Path | None) -> Settings:
-    return Settings() if data is None else Settings(data=data)
+    try:
+        return Settings() if data is None else Settings(data=data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(["RANKSCOPE", *(str(part).upper() for part in first["loc"])])
+        raise _stop(USAGE, f"{name}: {first['msg']}") from error
 
 
 def _stop(code: int, message: str) -> typer.Exit:
@@ -36,8 +42,8 @@ def _prepare(settings: Settings) -> None:
         database = store.connect(settings)
         store.migrate(database, settings)
         database.engine.dispose()
-    except (DatabaseUnusable, OSError) as error:
-        raise _stop(UNUSABLE, str(error)) from error
+    except DatabaseUnusable as error:
+        raise _stop(UNUSABLE, error.detail) from error
 
 
 def _is_loopback(host: str) -> bool:

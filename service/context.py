@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from service.drawing import Drawing
-from service.http import json_body
+from service.http import json_body, json_only
 from service.settings import Settings
 from service.store import Database
 
@@ -29,3 +29,4 @@ def _context(request: Request) -> Context:
 
 Here = Annotated[Context, Depends(_context)]
 Body = Annotated[dict[str, Any], Depends(json_body)]
+JSON_ONLY = [Depends(json_only)]  # for routes that answer with nothing else

@@ -62,15 +62,18 @@ def running_server(settings: Settings, out: Path) -> Iterator[str]:
 
 
 def wait_until_ready(client: httpx.Client) -> None:
-    """Return when the server takes work. Raises httpx.TransportError if it has not answered for a minute."""
+    """Return when the server takes work. Raises SystemExit if it does not within a minute."""
     deadline = time.monotonic() + START_S
     while True:
         try:
-            if client.get("/readyz").status_code == httpx.codes.OK:
+            answer = client.get("/readyz")
+            if answer.is_success:
                 return
-        except httpx.TransportError:
-            if time.monotonic() > deadline:
-                raise
+            reason = answer.text
+        except httpx.TransportError as error:
+            reason = str(error)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the server is not ready after {START_S:g} s: {reason}")
         time.sleep(0.1)
 
 

@@ -1,5 +1,7 @@
 """The drawing process: a pool of one, started with the first picture, so that matplotlib never enters the API."""
 
+import asyncio
+import contextlib
 import importlib
 import multiprocessing
 import signal
@@ -10,46 +12,69 @@ from pathlib import Path
 from typing import Any
 
 from service import files
+from service.errors import Draining
 from service.processes import end_with_parent
+
+STOPPING = "the server is stopping and draws no more pictures"
 
 
 class Drawing:
-    """Draws each picture once: the cache is looked up again in the process, where requests stand in line."""
+    """Draws each picture once: the process looks the cache up again, for a request that stood in line behind its like.
+
+    Not for threads: all of it runs in the event loop.
+    """
 
     def __init__(self, data: Path, cache_limit: int) -> None:
-        self._data = data
-        self._cache_limit = cache_limit
-        self._lock = threading.Lock()
+        self._cache = (data, cache_limit)
         self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
 
-    def draw(self, path: Path, function: str, *arguments: Any) -> bytes:
-        """The picture's bytes, from the file at `path` or drawn and kept there.
+    async def draw(self, path: Path, function: str, *arguments: Any) -> bytes:
+        """The picture's bytes, from the file at `path` or drawn and kept there. Raises Draining.
 
         `function` names one of `service.render`: importing it here would bring matplotlib into this process.
         """
+        # Not where it is written: an experiment that is deleted meanwhile shall not get its folder back.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        task = (self._cache, path, function, arguments)
+        pool = self._running()
         try:
-            content = self._running().submit(_draw, path, function, arguments).result()
+            return await self._run(pool, task)
         except BrokenProcessPool:
             # The process was killed, perhaps for memory; a second death is the request's own fault.
-            self.close()
-            content = self._running().submit(_draw, path, function, arguments).result()
-        files.prune_pictures(self._data, self._cache_limit)
-        return content
+            if self._pool is pool:  # Of several that failed together, the first has begun anew.
+                self._end()
+            return await self._run(self._running(), task)
 
     def _running(self) -> ProcessPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                # Spawned: this process has threads, and a fork of one with threads can deadlock.
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, context, initializer=_set_up)
-            return self._pool
+        if self._closed:
+            raise Draining(STOPPING)
+        if self._pool is None:
+            # Spawned: this process has threads, and a fork of one with threads can deadlock.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, context, initializer=_set_up)
+        return self._pool
+
+    async def _run(self, pool: ProcessPoolExecutor, task: tuple[Any, ...]) -> bytes:
+        try:
+            return await asyncio.wrap_future(pool.submit(_draw, *task))
+        except (BrokenProcessPool, asyncio.CancelledError):
+            if self._closed:
+                raise Draining(STOPPING) from None
+            raise
 
     def close(self) -> None:
-        """End the process; the next picture starts another."""
-        with self._lock:
-            pool, self._pool = self._pool, None
+        """End the process at once; whoever waits for a picture gets Draining."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(cancel_futures=True)
+            processes = list((pool._processes or {}).values())  # From Python 3.14 on: pool.kill_workers().
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
 
 
 def _set_up() -> None:
@@ -57,10 +82,11 @@ def _set_up() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _draw(path: Path, function: str, arguments: tuple[Any, ...]) -> bytes:
-    if path.exists():
-        path.touch()  # The least recently used pictures are pruned first.
-        return path.read_bytes()
+def _draw(cache: tuple[Path, int], path: Path, function: str, arguments: tuple[Any, ...]) -> bytes:
+    if (cached := files.read_cached(path)) is not None:
+        return cached
     content: bytes = getattr(importlib.import_module("service.render"), function)(*arguments)
-    files.write(path, content)
+    with contextlib.suppress(FileNotFoundError):
+        files.write(path, content)
+        files.prune_pictures(*cache)
     return content

@@ -18,6 +18,7 @@ RankscopeError
 ├── QueueFull
 ├── StorageFull
 ├── DatabaseUnavailable
+├── Draining                 the server is about to stop
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
 ├── LostJob                  another attempt owns the job: stop writing
 └── JobFailed                ends a job as `failed`, with a type clients can match
@@ -112,6 +113,10 @@ class StorageFull(RankscopeError):
 
 class DatabaseUnavailable(RankscopeError):
     """The database does not answer now."""
+
+
+class Draining(RankscopeError):
+    """The server is about to stop and begins nothing new."""
 
 
 class DatabaseUnusable(RankscopeError):

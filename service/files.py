@@ -26,8 +26,7 @@ def picture_path(data: Path, job_id: str, key: str, suffix: str) -> Path:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Create or replace a file in one step; a crash leaves the old one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Create or replace a file in one step, in a folder that is there; a crash leaves the old one or none."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         try:
             file.write(content)
@@ -37,6 +36,16 @@ def write(path: Path, content: bytes) -> None:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def read_cached(path: Path) -> bytes | None:
+    """A picture that has been drawn; it is then the last one used."""
+    try:
+        content = path.read_bytes()
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    return content
 
 
 def remove_job(data: Path, job_id: str) -> None:

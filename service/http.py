@@ -1,12 +1,15 @@
 """HTTP as pure functions: strict JSON, content negotiation, entity tags, ranges."""
 
 import hashlib
+import importlib.metadata
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from service.errors import (
     BadRequestValue,
@@ -20,6 +23,13 @@ from service.errors import (
 
 JSON_TYPES = {"application/json", "application/merge-patch+json", ""}
 MOST_RANGES = 100
+VERSION = importlib.metadata.version("rankscope")
+BYTE_RANGE = r"(?:\d{1,18}-\d{0,18}|-\d{1,18})\s*"
+
+
+async def json_only(request: Request) -> None:
+    """Refuse a client that does not take JSON. A dependency of routes that answer with nothing else."""
+    choose_format(None, request.headers.get("accept"), {"json": "application/json"})
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -48,12 +58,15 @@ async def _read(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "0")
     body = bytearray()
     if int(declared) <= limit:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                break
-        else:
-            return bytes(body)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    break
+            else:
+                return bytes(body)
+        except ClientDisconnect:
+            raise MalformedJson("the body broke off", offset=len(body)) from None
     raise BodyTooLarge(f"the body is larger than {limit} bytes", limit=limit)
 
 
@@ -78,8 +91,7 @@ def parse_json(body: bytes) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise MalformedJson(f"the key {twice[:100]!r} appears twice")
     return result
 
@@ -127,23 +139,38 @@ def _quality(accept: str, media_type: str) -> float:
 
 
 def etag(*parts: object) -> str:
-    """A strong entity tag of what determines the bytes."""
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode("utf-8", "surrogatepass"))
+    """A strong entity tag of what determines the bytes, this program's version included."""
+    digest = hashlib.sha256("\n".join(map(str, (VERSION, *parts))).encode("utf-8", "surrogatepass"))
     return f'"{digest.hexdigest()[:32]}"'
 
 
-def matches(header: str | None, tag: str) -> bool:
-    """Whether an If-Match or If-None-Match header names the tag."""
-    names = {name.strip().removeprefix("W/") for name in (header or "").split(",")}
+def unchanged(request: Request, headers: Mapping[str, str]) -> bool:
+    """Whether the client already has what these headers describe."""
+    return matches(request.headers.get("if-none-match"), headers["etag"])
+
+
+def matches(header: str | None, tag: str, *, weakly: bool = True) -> bool:
+    """Whether a list of tags names this one; If-None-Match compares weakly, If-Match does not (RFC 9110, 8.8.3.2)."""
+    names = {name.strip().removeprefix("W/" if weakly else "") for name in (header or "").split(",")}
     return tag in names or "*" in names
 
 
-def check_range(header: str | None, size: int) -> None:
-    """Raise RangeNotSatisfiable unless some range of the header lies in the file, or it is no range at all."""
-    if header is None or not re.fullmatch(r"bytes=\s*(\d{0,18}-\d{0,18}\s*)(,\s*\d{0,18}-\d{0,18}\s*)*", header):
-        return
-    ranges = [one.strip().split("-") for one in header.removeprefix("bytes=").split(",")]
-    inside = any(int(first) < size if first else int(last or 0) > 0 for first, last in ranges)
-    if not inside or len(ranges) > MOST_RANGES:
+def usable_range(header: str | None, size: int) -> str | None:
+    """The part of a Range header that lies in the file, in plain form; None where the whole file is to be sent.
+
+    A header that is no valid set of byte ranges is ignored (RFC 9110, 14.2). Raises RangeNotSatisfiable.
+    """
+    if header is None or not re.fullmatch(r"bytes=\s*" + BYTE_RANGE + r"(?:,\s*" + BYTE_RANGE + ")*", header):
+        return None
+    inside = []
+    for first, last in re.findall(r"(\d*)-(\d*)", header):
+        start = int(first) if first else max(0, size - int(last))
+        end = min(int(last), size - 1) if first and last else size - 1
+        if first and last and int(first) > int(last):
+            return None
+        if start < size:
+            inside.append(f"{start}-{end}")
+    if not inside or len(inside) > MOST_RANGES:
         reason = f"more than {MOST_RANGES} ranges" if inside else f"no byte of {size} lies in it"
         raise RangeNotSatisfiable(reason, headers={"content-range": f"bytes */{size}"})
+    return f"bytes={','.join(inside)}"

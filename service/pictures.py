@@ -20,7 +20,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the picture is of; `title` and `layer` are a user's plain text."""
+    """What the picture is of; `title` is a user's plain text."""
 
     title: str
     layer: str

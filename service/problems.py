@@ -9,7 +9,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -84,10 +84,11 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.DatabaseUnavailable: Problem(
         "database-unavailable", 503, "The database does not answer", "Wait as Retry-After says."
     ),
+    errors.Draining: Problem("draining", 503, "The server is stopping", "Try again when it is back."),
     errors.StorageFull: Problem("storage-full", 507, "The disk is full", "Delete old experiments, or add space."),
 }
 BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
-RETRY_AFTER_S = {"queue-full": 10, "database-unavailable": 5}
+RETRY_AFTER_S = {"queue-full": 10, "database-unavailable": 5, "draining": 5}
 HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "
@@ -110,6 +111,8 @@ def _handle(request: Request, error: Exception) -> Response:
     headers = {"allow": _allowed(request)} if isinstance(translated, errors.MethodNotAllowed) else {}
     if type(translated) is errors.RankscopeError:
         log.error("request %s failed", request_id(request), exc_info=error)
+    elif isinstance(error, DBAPIError | OSError):
+        log.warning("request %s: %s", request_id(request), error)
     return problem_response(request, translated, headers=headers)
 
 
@@ -131,7 +134,7 @@ def translate(error: Exception) -> errors.RankscopeError:
             return _http_error(error)
         case OSError(errno=errno.ENOSPC):
             return errors.StorageFull("the disk is full")
-        case DBAPIError():
+        case OperationalError() | InterfaceError():
             return _database_error(error)
     return errors.RankscopeError("the request met an unexpected error")
 
@@ -148,8 +151,6 @@ def _http_error(error: HTTPException) -> errors.RankscopeError:
             return errors.NotFound("no such path")
         case 405:
             return errors.MethodNotAllowed("the path does not take this method")
-        case 413:
-            return errors.BodyTooLarge("the body is larger than this path takes; see /limits")
     return errors.RankscopeError(str(error.detail))
 
 
@@ -186,8 +187,6 @@ def showable(value: object) -> object:
             return value
         case int():
             return f"{value:.3e}" if abs(value) < 10**300 else "an integer of more than 300 digits"
-        case list() | tuple():
-            return [showable(item) for item in value[:20]]
     text = str(value).encode("utf-8", "replace").decode()
     return text if len(text) <= 100 else text[:100] + "…"
 
@@ -221,7 +220,7 @@ def problem_response(
 
 def _tidy(value: Any) -> Any:
     if isinstance(value, list):
-        return [_tidy(item) for item in value]
+        return [_tidy(item) for item in value[:20]]
     if isinstance(value, dict):
         return {key: _tidy(item) for key, item in value.items()}
     return showable(value) if not isinstance(value, str) else value

@@ -6,7 +6,7 @@ Every bound on a field stands on the field; `resolve` adds what only holds betwe
 import unicodedata
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from service.errors import BadRequestValue, BudgetExceeded
 
@@ -14,6 +14,7 @@ PARAMETER_LIMIT = 5 * 10**7
 WORK_LIMIT = 10**16
 RECORDED_LIMIT = 2 * 10**7
 DATA_LIMIT = 10**8
+WEIGHT_DTYPE = "float32"  # in which every network is trained and stored
 TAG_KEY = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"  # without a colon, which splits `tag=key:value`
 
 Target = Literal["tanh", "relu", "identity"]
@@ -25,18 +26,23 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 
 
-def _label(text: str) -> str:
-    """NFC without control characters: labels travel into JSON, HTML and pictures, never into paths."""
+def _composed(value: object) -> object:
+    """Text in NFC, before its length is taken: composing can make it longer."""
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+
+
+def _printable(text: str) -> str:
+    """No control characters: labels travel into JSON, HTML and pictures, never into paths."""
     for character in text:
         if unicodedata.category(character) in {"Cc", "Cs"}:
             raise ValueError(f"control character U+{ord(character):04X} is not allowed")
-    return unicodedata.normalize("NFC", text)
+    return text
 
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_label)]
+Label = Annotated[str, BeforeValidator(_composed), StringConstraints(max_length=200), AfterValidator(_printable)]
+Name = Annotated[Label, Field(min_length=1)]
 TagKey = Annotated[str, StringConstraints(max_length=64, pattern=TAG_KEY)]
-TagValue = Annotated[str, StringConstraints(max_length=200), AfterValidator(_label)]
-Tags = Annotated[dict[TagKey, TagValue], Field(max_length=20)]
+Tags = Annotated[dict[TagKey, Label], Field(max_length=20)]
 
 
 class Strict(BaseModel):
@@ -226,6 +232,7 @@ def _check_budget(spec: ExperimentSpec) -> None:
     ranks = sum(min(shape) for shape in spec.shapes.values())
     cut_work = 2 * parameters * spec.n_validation * ranks
     recorded = 2 * sum(min(spec.shapes[name]) for name in spec.recorded_layers) * len(spec.recorded_epochs)
+    batch = 3 * min(spec.training.batch_size, spec.n_training) * sum(spec.widths[1:])
     values = data.n_samples * (data.n_features + data.n_targets)
     smaller = "take fewer or narrower layers"
     shorter = f"{smaller}, fewer samples or fewer epochs"
@@ -234,6 +241,7 @@ def _check_budget(spec: ExperimentSpec) -> None:
         _Budget("work (6·parameters·samples·epochs)", work, WORK_LIMIT, shorter),
         _Budget("work of the cuts (2·parameters·validation samples·ranks)", cut_work, WORK_LIMIT, shorter),
         _Budget("recorded values", recorded, RECORDED_LIMIT, "raise record.every or name fewer record.layers"),
+        _Budget("batch values (3·batch·outputs of all layers)", batch, DATA_LIMIT, "take a smaller batch"),
         _Budget("data values (samples·(features + targets))", values, DATA_LIMIT, "take fewer samples or features"),
     ):
         if budget.figure > budget.limit:

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
 from service.settings import Settings
@@ -42,10 +44,16 @@ class Workers:
             process.wait()
             self._stopping.wait(RESTART_S)
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Ask all to stop; they have the time until `__exit__`."""
+        if self._stopping.is_set():
+            return  # A second signal would make them drop their jobs.
         self._stopping.set()
         for process in list(self._processes.values()):
             process.terminate()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         for thread in self._threads:
             thread.join(EXIT_S)
         for process in self._processes.values():
@@ -58,31 +66,39 @@ def environment(settings: Settings) -> dict[str, str]:
     return {f"RANKSCOPE_{name.upper()}": str(value) for name, value in set_ones.items()}
 
 
+class Server(uvicorn.Server):
+    """A server that tells its helpers of the end when the signal comes, not when the last request is done."""
+
+    def __init__(self, app: FastAPI, host: str, port: int, workers: Workers) -> None:
+        # h11, the other choice, took a request with both Content-Length and Transfer-Encoding.
+        http = "httptools"
+        config = uvicorn.Config(app, host, port, http=http, server_header=False, timeout_graceful_shutdown=5)
+        super().__init__(config)
+        self._app = app
+        self._workers = workers
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop: workers give their jobs back, and nobody waits for pictures any more."""
+        self._workers.stop()
+        if (context := getattr(self._app.state, "context", None)) is not None:
+            context.drawing.close()
+        super().handle_exit(sig, frame)
+
+
 def serve(settings: Settings, host: str, port: int, workers: int, *, tied: bool) -> None:
     """Run until SIGTERM, SIGINT or, if `tied`, the end of standard input."""
-    config = uvicorn.Config(
-        create_app(settings),
-        host=host,
-        port=port,
-        http="httptools",  # h11 took a request with both Content-Length and Transfer-Encoding.
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
-
-    def stop(*_: object) -> None:
-        server.should_exit = True
 
     def stop_at_end_of_input() -> None:
         # Not sys.stdin.read: a thread inside it holds a lock that the interpreter wants when it exits.
         while os.read(sys.stdin.fileno(), 4096):
             continue
-        stop()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     if tied:
         threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again when it has stopped: the default action would end us before the workers.
-        signal.signal(number, stop)
-    with Workers(settings, workers):
+    with Workers(settings, workers) as running:
+        server = Server(create_app(settings), host, port, running)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn raises the signal again when it has stopped: the default action would end us before the workers.
+            signal.signal(number, server.handle_exit)
         server.run()

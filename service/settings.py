@@ -4,8 +4,9 @@ Built once at the door (`create_app`, the worker's `main`) and passed on; nothin
 """
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
@@ -32,7 +33,7 @@ class Settings(BaseSettings):
     alive_file: Path | None = Field(None, description="File a worker touches at every heartbeat, for health checks")
     heartbeat_s: float = Field(1.0, ge=0.05, le=60, description="Seconds between a worker's heartbeats")
     lease_s: float = Field(
-        10.0, ge=0.2, le=600, description="Seconds without a heartbeat after which a job is taken over"
+        8.0, ge=0.2, le=600, description="Seconds without a heartbeat after which a job is taken over"
     )
     max_attempts: int = Field(3, ge=1, le=100, description="Crashed attempts after which a job fails")
     job_limit_s: float = Field(86_400, gt=0, le=30 * 86_400, description="Seconds one job may run")
@@ -48,6 +49,17 @@ class Settings(BaseSettings):
             if device != "cpu" and not (device.startswith("cuda:") and device[5:].isdecimal()):
                 raise ValueError(f"{device!r} is no device: write cpu, cuda:0, cuda:1, …")
         return value
+
+    @model_validator(mode="after")
+    def _a_lease_outlasts_heartbeats(self) -> Self:
+        if self.lease_s < 3 * self.heartbeat_s:
+            raise ValueError(f"RANKSCOPE_LEASE_S must be at least 3·RANKSCOPE_HEARTBEAT_S, {3 * self.heartbeat_s:g}")
+        return self
+
+    @property
+    def device_names(self) -> list[str]:
+        """The devices that the workers offer."""
+        return self.devices.split(",")
 
     @property
     def url(self) -> str:

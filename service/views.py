@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from service.http import etag
 from service.schemas import ExperimentSpec
 from service.store import TERMINAL, JobRow, Status
 
@@ -85,7 +86,14 @@ def timestamp(microseconds: int | None) -> str | None:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def caching(row: JobRow) -> dict[str, str]:
-    """Cache headers of what a job has recorded: it can only change while the job is not over."""
+def validators(row: JobRow, *parts: object) -> dict[str, str]:
+    """ETag and caching of a view of what a job has recorded; `parts` are what the view depends on besides the job.
+
+    Computed without reading the recording, which can only grow while the job is not over.
+    """
     over = row.status in TERMINAL
-    return {"cache-control": "private, max-age=31536000, immutable" if over else "private, no-cache"}
+    return {
+        "etag": etag(row.id, row.attempt, row.status, *parts),
+        "vary": "Accept",
+        "cache-control": "private, max-age=31536000, immutable" if over else "private, no-cache",
+    }

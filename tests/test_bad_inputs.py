@@ -1,6 +1,7 @@
 """Bad input against a running server: the exact status and problem type of each."""
 
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -124,8 +125,8 @@ def test_a_bad_field_is_named_with_its_value(server: Server, path: str, value: o
     pointer = "/" + path.replace(".", "/")
     assert any(error["pointer"].startswith(pointer) for error in found)
     if isinstance(value, str | int | float):
-        shown = [error["value"] for error in found if "value" in error]
-        assert value in shown or any(isinstance(item, str) and item.endswith("…") for item in shown)
+        shown = [json.dumps(error["value"]) for error in found if "value" in error]
+        assert json.dumps(value if value != "x" * 201 else "x" * 100 + "…", ensure_ascii=True) in shown
 
 
 def test_momentum_is_for_sgd_alone(server: Server) -> None:
@@ -141,6 +142,10 @@ def test_momentum_is_for_sgd_alone(server: Server) -> None:
         ({"data": {"n_samples": 10**6}, "network": {"hidden": [512, 512]}, "training": {"epochs": 10**5}}, "work"),
         ({"network": {"hidden": [512] * 2}, "training": {"epochs": 10**5}}, "recorded values"),
         ({"data": {"n_samples": 10**6, "n_features": 200}}, "data values"),
+        (
+            {"data": {"n_samples": 10**5}, "training": {"batch_size": 80_000}, "network": {"hidden": [4096]}},
+            "batch values",
+        ),
     ],
 )
 def test_too_much_all_together_tells_the_figure(server: Server, spec: dict[str, Any], what: str) -> None:
@@ -177,7 +182,8 @@ def test_what_is_not_there_is_not_found(server: Server, path: str) -> None:
 def test_a_method_that_a_path_does_not_take(server: Server) -> None:  # row 34
     answer = server.client.put("/experiments")
     problem(answer, 405, "method-not-allowed")
-    assert {"GET", "POST"} <= set(answer.headers["allow"].replace(" ", "").split(","))
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert server.client.post("/openapi.json").headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,8 @@ def test_a_method_that_a_path_does_not_take(server: Server) -> None:  # row 34
     [
         "limit=0", "limit=-1", "limit=101", "limit=abc", "limit=99999999999999999999", "limit=1.5",  # rows 39, 40
         "after=abc", "after=%00", "after=" + "A" * 300, "after=4Z2Q", "order=up", "status=done", "color=red",
-        "created_after=yesterday", "created_before=2026-01-01", "tag=%20", "tag=", "name_prefix=", "name_prefix=%07",
+        "created_after=yesterday", "created_before=2026-01-01", "tag=%20", "tag=", "tag=a%0a", "name_prefix=",
+        "name_prefix=%07",
     ],
 )  # fmt: skip
 def test_bad_list_parameters_are_named(server: Server, query: str) -> None:
@@ -236,6 +243,40 @@ def test_a_malformed_accept_is_anything(server: Server, memo: dict[str, Any], ac
     answer = server.client.get(f"/experiments/{memo['id']}/spectrum", headers={"accept": accept})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("header", ["bytes=5-2", "bytes=abc", "items=0-1", "bytes=1-0,0-1"])
+def test_what_is_no_range_is_ignored(server: Server, memo: dict[str, Any], header: str) -> None:
+    answer = server.client.get(f"/experiments/{memo['id']}/weights", headers={"range": header})
+    assert answer.status_code == 200
+    assert len(answer.content) == int(answer.headers["content-length"])
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59-14:00"])
+def test_moments_at_the_ends_of_time_are_only_moments(server: Server, moment: str) -> None:
+    for name in ("created_after", "created_before"):
+        assert server.client.get(f"/experiments?{name}={moment}").status_code == 200
+
+
+def test_a_client_that_breaks_off_leaves_no_traceback(server: Server) -> None:  # the session's fixture reads the log
+    with socket.create_connection(("127.0.0.1", server.client.base_url.port)) as connection:
+        head = "POST /experiments HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20"
+        connection.sendall(f"{head}\r\n\r\n{{".encode())
+    assert server.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/experiments", "/presets", "/limits", "/problems/not-found"])
+def test_json_alone_is_not_acceptable_to_all(server: Server, path: str) -> None:
+    answer = server.client.get(path, headers={"accept": "application/xml"})
+    assert problem(answer, 406, "not-acceptable")["available"] == ["application/json"]
+
+
+def test_a_name_that_grows_when_composed_is_measured_composed(server: Server) -> None:
+    answer = server.client.post("/experiments", json={"name": "\ufb2c" * 67})  # each becomes three code points
+    problem(answer, 422, "validation-error")
+    state = server.run({"name": "\ufb2c" * 66, "training": {"epochs": 1}})
+    assert state["status"] == "succeeded"
+    assert server.client.get(f"/experiments/{state['id']}/spectrum").status_code == 200
 
 
 @pytest.mark.parametrize("header", ["bytes=" + ",".join(["0-"] * 10_000), "bytes=99999999-", "bytes=-0"])

@@ -201,10 +201,29 @@ def test_the_accept_header_chooses(server: Server, memo: dict[str, Any]) -> None
 
 
 def test_too_long_an_answer_says_what_helps(server: Server) -> None:
-    state = server.run({"network": {"hidden": [400, 400]}, "training": {"epochs": 1}, "data": {"n_samples": 20}})
+    tiny = {"n_samples": 2, "n_features": 1, "n_informative": 1, "n_targets": 1, "validation_fraction": 0}
+    spec = {"data": tiny, "network": {"hidden": [1] * 15}, "training": {"epochs": 8000, "batch_size": 2}}
+    state = server.run(spec)
     assert state["status"] == "succeeded"
-    ok = server.client.get(f"/experiments/{state['id']}/spectrum", params={"layer": "all"})
-    assert ok.status_code == 200
+    for part in ("metrics", "spectrum?layer=all"):
+        answer = server.client.get(f"/experiments/{state['id']}/{part}")
+        assert (answer.status_code, answer.json()["type"]) == (422, "/problems/budget-exceeded")
+        assert "stride" in answer.json()["detail"]
+    assert get(server, state, "spectrum", layer="all", stride=100, top_k=1).status_code == 200
+    assert len(np.load(io.BytesIO(get(server, state, "spectrum", format="npy").content))) == 8001
+
+
+def test_rules_that_do_not_suit_a_layer_are_told_among_all(server: Server) -> None:
+    state = server.run({"network": {"hidden": [1]}, "data": {"n_targets": 1}, "training": {"epochs": 1}})
+    rules = {one["rule"]: one for one in get(server, state, "compression", rule="all").json()["rules"]}
+    assert rules["budget"]["rank"] is None
+    assert "fraction" in rules["budget"]["chosen_by"]
+    assert rules["energy"]["rank"] == 1
+
+
+def test_top_k_cuts_pictures_too(server: Server, memo: dict[str, Any]) -> None:
+    whole, cut = (get(server, memo, "spectrum", format="png", **query).content for query in ({}, {"top_k": 8}))
+    assert whole != cut
 
 
 def test_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:  # row 50
@@ -298,6 +317,8 @@ def test_name_and_tags_can_change_and_nothing_else(server: Server) -> None:
     assert changed.status_code == 200
     assert (changed.json()["name"], changed.json()["tags"]) == ("old", {"team": "blue"})
     assert changed.json()["spec"]["tags"] == {"team": "blue"}
+    weak = server.client.patch(path, json={"name": "new"}, headers={"if-match": f"W/{changed.headers['etag']}"})
+    assert weak.status_code == 412
     late = server.client.patch(path, json={"name": "new"}, headers={"if-match": tag})
     assert (late.status_code, late.json()["type"]) == (412, "/problems/precondition-failed")
     assert server.client.patch(path, json={"name": None}).json()["name"] is None

@@ -1,5 +1,6 @@
 """The data folder and the drawing process."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import pytest
 
 from service import files
 from service.drawing import Drawing
+from service.errors import Draining
 from service.pictures import Chart, Size, Spectrum
-from tests.conftest import wait_for
 
 ARGUMENTS = ([Spectrum(0, np.ones(4) / 4)], Chart("title", "W2", (4, 4)), Size(200, 150))
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
     files.write(path, b"first")
     with pytest.raises(TypeError):
         files.write(path, "text is no content")  # type: ignore[arg-type]
@@ -26,6 +28,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_the_pictures_used_last_are_kept(tmp_path: Path) -> None:
     paths = [files.picture_path(tmp_path, "job", str(i), "png") for i in range(4)]
+    paths[0].parent.mkdir(parents=True)
     for age, path in enumerate(paths):
         files.write(path, b"x" * 100)
         os.utime(path, (age, age))
@@ -34,15 +37,31 @@ def test_the_pictures_used_last_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_drawing_process_that_dies_is_replaced_and_a_picture_is_drawn_once(tmp_path: Path) -> None:
-    drawing = Drawing(tmp_path, cache_limit=1 << 20)
-    first, second = (files.picture_path(tmp_path, "job", key, "png") for key in "ab")
-    content = drawing.draw(first, "spectrum_png", *ARGUMENTS)
-    assert content.startswith(b"\x89PNG")
-    children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-    assert len(children) == 1
-    children[0].kill()
-    wait_for(lambda: not psutil.pid_exists(children[0].pid) or children[0].status() == "zombie", "its end")
-    assert drawing.draw(second, "spectrum_png", *ARGUMENTS) == content
-    first.write_bytes(b"already there")
-    assert drawing.draw(first, "spectrum_png", *ARGUMENTS) == b"already there"
-    drawing.close()
+    paths = [files.picture_path(tmp_path, "job", str(number), "png") for number in range(9)]
+
+    async def scenario() -> None:
+        drawing = Drawing(tmp_path, cache_limit=1 << 20)
+        content = await drawing.draw(paths[0], "spectrum_png", *ARGUMENTS)
+        assert content.startswith(b"\x89PNG")
+        child = drawing_process()
+        waiting = [asyncio.create_task(drawing.draw(path, "spectrum_png", *ARGUMENTS)) for path in paths[1:]]
+        await asyncio.sleep(0)  # Let all of them stand in line.
+        child.kill()
+        assert await asyncio.gather(*waiting) == [content] * 8
+        paths[0].write_bytes(b"already there")
+        assert await drawing.draw(paths[0], "spectrum_png", *ARGUMENTS) == b"already there"
+        late = asyncio.create_task(drawing.draw(tmp_path / "job" / "late", "spectrum_png", *ARGUMENTS))
+        await asyncio.sleep(0)
+        drawing.close()
+        with pytest.raises(Draining):
+            await late
+        with pytest.raises(Draining):
+            await drawing.draw(paths[0], "spectrum_png", *ARGUMENTS)
+
+    asyncio.run(scenario())
+
+
+def drawing_process() -> psutil.Process:
+    """The one child of this process that draws."""
+    (child,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return child

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,10 @@ def own_server(tmp_path: Path):
     running = start_server(tmp_path / "data", **FAST)
     yield running
     stop_server(running)
+
+
+def descendants(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
 
 
 def job_child(server: Server, experiment_id: str) -> psutil.Process:
@@ -80,6 +86,59 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
     server.process.stdin.close()
     wait_for(lambda: not any(process.is_running() for process in everyone), "every process to end")
     server.client.close()
+
+
+def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data")
+    path = f"/experiments/{server.run({'training': {'epochs': 100}})['id']}/spectrum?format=gif&height=2000"
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(server.client.get, f"{path}&width={1900 + i}") for i in range(6)]
+        wait_for(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in descendants(server)), "the drawing process")
+        server.process.send_signal(signal.SIGTERM)
+        done = [answer.result() for answer in answers]
+    assert server.process.wait(30) == 0
+    for answer in done:
+        if answer.status_code != 200:
+            assert (answer.status_code, answer.json()["type"]) == (503, "/problems/draining")
+    assert any(answer.status_code == 503 for answer in done)
+    assert "Traceback" not in server.log.read_text()
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+
+
+def test_a_database_locked_for_a_while_costs_a_running_job_nothing(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data")
+    posted = server.post({"training": {"epochs": 1000}, "record": {"every": 10}})
+    server.wait(posted["id"], "running")
+    with sqlite3.connect(server.data / "rankscope.sqlite3", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        refused = server.client.post("/experiments", json={})  # It waits for five seconds first.
+        assert (refused.status_code, refused.json()["type"]) == (503, "/problems/database-unavailable")
+        other.execute("ROLLBACK")
+    other.close()
+    state = server.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 1)
+    document = server.client.get(f"/experiments/{posted['id']}/spectrum").json()
+    assert [epoch["epoch"] for epoch in document["epochs"]] == list(range(0, 1001, 10))
+    stop_server(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("RANKSCOPE_JOBS", "0", 2),
+        ("RANKSCOPE_DEVICES", "gpu", 2),
+        ("RANKSCOPE_HEARTBEAT_S", "9", 2),
+        ("RANKSCOPE_DATABASE_URL", "nonsense", 5),
+        ("RANKSCOPE_DATA", "/dev/null/data", 5),
+    ],
+)
+def test_a_bad_setting_is_one_line(tmp_path: Path, name: str, value: str, code: int) -> None:
+    environment = {**os.environ, "RANKSCOPE_DATA": str(tmp_path), name: value}
+    command = [sys.executable, "-m", "service.cli", "migrate"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == code
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:

@@ -110,14 +110,29 @@ def test_a_released_job_has_not_crashed(database: Database) -> None:
     assert (read(database, job).status, read(database, job).crashes) == ("queued", 0)
 
 
-def test_a_crash_while_canceling_is_a_cancel(database: Database) -> None:
+@pytest.mark.parametrize("max_attempts", [1, 3])
+def test_a_crash_while_canceling_is_a_cancel_even_on_the_last_attempt(database: Database, max_attempts: int) -> None:
     job = create(database)
     token = claim(database)
     with database.write.begin() as session:
         assert store.cancel_job(session, job).status == "canceling"
     with database.write.begin() as session:
-        store.record_crash(session, token, "killed", max_attempts=3)
-    assert read(database, job).status == "canceled"
+        store.record_crash(session, token, "killed", max_attempts)
+    row = read(database, job)
+    assert (row.status, row.error) == ("canceled", None)
+    assert row.finished_at is not None
+
+
+def test_releasing_a_job_that_another_attempt_owns_changes_nothing(database: Database) -> None:
+    job = create(database)
+    late = claim(database)
+    with database.write.begin() as session:
+        store.release(session, late)
+    claim(database)
+    with database.write.begin() as session:
+        store.cancel_job(session, job)
+        store.release(session, late)
+    assert read(database, job).status == "canceling"
 
 
 def test_cancel_of_a_queued_job_is_immediate_and_of_a_finished_one_changes_nothing(database: Database) -> None:

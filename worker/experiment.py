@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from service import files
 from service.errors import DeviceUnavailable, Diverged
 from service.lowrank.ranks import Array
-from service.schemas import ExperimentSpec
+from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.settings import Settings
 from service.store import Epoch
 from worker.cuts import cut_curves
@@ -30,8 +30,8 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
     Raises Diverged, Canceled, LostJob; what was recorded until then stays.
     """
     spec = ExperimentSpec.model_validate(stored)
-    device = choose_device(spec.device, settings.devices.split(","))
-    recorder.start(_environment(device, settings.threads))
+    device = choose_device(spec.device, settings.device_names)
+    recorder.start(_environment(device))
     trainer = Trainer([spec], device)
     initial = trainer.copy_weights()
     _keep_weights(settings, recorder, "initial", trainer)
@@ -45,28 +45,29 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
 
 def choose_device(wanted: str, offered: list[str]) -> str:
     """The device to train on. Raises DeviceUnavailable where the one asked for is not there after all."""
-    if wanted == "auto":
-        wanted = next((name for name in offered if name.startswith("cuda")), "cpu")
+    if wanted in {"auto", "cuda"}:
+        wanted = next((name for name in offered if name.startswith("cuda")), "cpu" if wanted == "auto" else wanted)
     if wanted != "cpu" and (torch.device(wanted).index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailable(f"the deployment offers {wanted}, but this worker finds no such device")
     return wanted
 
 
-def _environment(device: str, threads: int) -> dict[str, Any]:
+def _environment(device: str) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"device": device, "threads": threads, "versions": {"python": platform.python_version(), **versions}}
+    return {"device": device, "versions": {"python": platform.python_version(), **versions}}
 
 
 def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer: Trainer) -> None:
     token = recorder.token
     path = files.weights_path(settings.data, token.job_id, token.attempt, at)
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, save(trainer.state(member=0)))
 
 
 def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:
     layers = zip(spec.shapes, snapshot.weights, initial, strict=True)
     spectra = {
-        name: (singular_values(w, "float32")[0], singular_values(difference(w, w0), "float32")[0])
+        name: (singular_values(w, WEIGHT_DTYPE)[0], singular_values(difference(w, w0), WEIGHT_DTYPE)[0])
         for name, w, w0 in layers
         if name in spec.recorded_layers
     }
@@ -97,4 +98,5 @@ def _advice(snapshot: Snapshot, spec: ExperimentSpec) -> str:
     return (
         f"at epoch {snapshot.epoch} the training loss is {snapshot.train_loss[0]}: some weight or loss is no longer"
         f" finite; take a smaller learning rate than {training.lr:g}"
+        + (f", or a weight decay below {2 / training.lr:g}" if training.lr * training.weight_decay > 2 else "")
     )

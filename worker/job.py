@@ -47,12 +47,18 @@ def _work(settings: Settings, recorder: Recorder, kind: str, spec: dict[str, Any
         recorder.end("canceled")
     except JobFailed as error:
         recorder.end("failed", {"type": error.kind, "title": error.title, "detail": error.detail})
-    except MemoryError:
-        detail = "the job needed more memory than there was; take a smaller network or fewer samples"
-        recorder.end("failed", {"type": "out-of-memory", "title": "Out of memory", "detail": detail})
     except LostJob:
         raise
     except Exception as error:
         log.exception("job %s failed", recorder.token.job_id)
-        detail = f"an unexpected {type(error).__name__}; the worker's log has it under the job's id"
-        recorder.end("failed", {"type": JobFailed.kind, "title": JobFailed.title, "detail": detail})
+        recorder.end("failed", _problem(error))
+
+
+def _problem(error: Exception) -> dict[str, str]:
+    """An unexpected error for the client: its kind, never its trace."""
+    # torch's allocator on the CPU raises a bare RuntimeError.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        detail = "the job needed more memory than there was; take a smaller network, smaller batches or fewer samples"
+        return {"type": "out-of-memory", "title": "Out of memory", "detail": detail}
+    detail = f"an unexpected {type(error).__name__}; the worker's log has it under the job's id"
+    return {"type": JobFailed.kind, "title": JobFailed.title, "detail": detail}

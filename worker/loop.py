@@ -1,8 +1,9 @@
 """The worker's own process: claim jobs, run each in a child, keep its lease, see it end.
 
-It imports neither torch nor numpy's linear algebra: all it does is look at the database and at its children.
+It never loads torch: all it does is look at the database and at its children.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from types import FrameType
 from sqlalchemy.exc import OperationalError
 
 from service import store
+from service.errors import LostJob
 from service.settings import Settings
 from service.store import Status, Token
 from worker import engines
@@ -45,7 +47,7 @@ class Supervisor:
         self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self.running: dict[Token, Running] = {}
         self.leases: dict[Token, tuple[int, float]] = {}
-        self.next_beat = 0.0
+        self.last_beat = 0.0
         self.stopping = False
         self.wake, self._woken = socket.socketpair()
         self.watched = [self._woken, *([sys.stdin.fileno()] if tied else [])]
@@ -82,8 +84,7 @@ class Supervisor:
         try:
             self._collect()
             self._obey()
-            if time.monotonic() >= self.next_beat:
-                self.next_beat = time.monotonic() + self.settings.heartbeat_s
+            if time.monotonic() - self.last_beat >= self.settings.heartbeat_s:
                 self._beat()
             self._claim()
         except OperationalError as error:
@@ -125,7 +126,8 @@ class Supervisor:
     def _time_out(self, token: Token) -> None:
         detail = f"it ran longer than {self.settings.job_limit_s:g} s"
         error = {"type": "timed-out", "title": "The job took too long", "detail": detail}
-        with self.database.write.begin() as session:
+        # It may have ended in this very moment.
+        with contextlib.suppress(LostJob), self.database.write.begin() as session:
             store.end(session, token, "failed", error)
         self.running[token].process.kill()
 
@@ -135,6 +137,9 @@ class Supervisor:
         Every worker measures on its own monotonic clock how long it has seen a counter stand still.
         """
         now = time.monotonic()
+        if now - self.last_beat > self.settings.lease_s / 2:
+            self.leases.clear()  # Counters that nobody looked at have not been seen to stand still.
+        self.last_beat = now
         if self.settings.alive_file is not None:
             self.settings.alive_file.touch()
         if self.running:
@@ -179,7 +184,10 @@ class Supervisor:
             job.process.join(EXIT_GRACE_S)
             if job.process.exitcode is None:
                 job.process.kill()
-            with self.database.write.begin() as session:
-                store.release(session, token)
+            try:
+                with self.database.write.begin() as session:
+                    store.release(session, token)
+            except OperationalError as error:
+                log.warning("%s stays leased until that runs out: %s", token, error.orig)
             self._forget(token)
         self.database.engine.dispose()

@@ -184,9 +184,9 @@ def _sigmoid_chain(delta: Tensor, a: Tensor, scratch: Tensor, xp: Any) -> None:
 
 
 def forward(network: Network, activation: Activation, h: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-    """The outputs (…, n, out) of layers first…stop−1 for inputs (…, n, in), in memory of their own.
+    """The outputs (…, n, out) of layers first…stop−1 for inputs (…, n, in); the inputs stay as they are.
 
-    Every layer but the network's last one is activated.
+    Every layer but the network's last one is activated. Without a layer the inputs themselves come back.
     """
     xp = namespace_of(h)
     activate, last = activation_of(activation, xp), len(network.weights) - 1

@@ -6,17 +6,17 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service import representations, store, views
-from service.context import OWNER, Here
+from service.context import JSON_ONLY, OWNER, Here
 from service.errors import BadRequestValue, SpectrumNotReady
-from service.http import choose_format, etag, matches
+from service.http import unchanged
 from service.lowrank import compression
 from service.lowrank.compression import Rule
 from service.lowrank.ranks import Array
-from service.routes.spectrum import STORED_DTYPE, chosen_layers
-from service.schemas import ExperimentSpec
+from service.routes.spectrum import chosen_layers
+from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
-RuleName = Literal["rank", "energy", "error", "budget", "entropy_rank", "optimal", "spikes", "all"]
+RuleName = compression.RuleName | Literal["all"]
 PARAMETERS: dict[str, str] = {"rank": "rank", "energy": "threshold", "error": "threshold", "budget": "fraction"}
 DEFAULTS: dict[str, Rule] = {
     "energy": Rule("energy", threshold=0.99),
@@ -40,17 +40,15 @@ class CompressionQuery(BaseModel):
     fraction: float | None = Field(None, gt=0, le=1, description="for rule=budget (0.5): of the parameters kept")
 
 
-@router.get("/{experiment_id}/compression")
+@router.get("/{experiment_id}/compression", dependencies=JSON_ONLY)
 def report(here: Here, request: Request, experiment_id: str, query: Annotated[CompressionQuery, Query()]) -> Response:
     """The report for one layer at the last recorded epoch: a rule's rank, and errors, loss and R² for every rank."""
-    choose_format(None, request.headers.get("accept"), {"json": "application/json"})
     rules = _rules(query)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", OWNER, experiment_id)
         last = store.last_epoch(session, row.id)
-        tag = etag(row.id, row.attempt, row.status, last, query.model_dump_json())
-        headers = {"etag": tag, "vary": "Accept", **views.caching(row)}
-        if matches(request.headers.get("if-none-match"), tag):
+        headers = views.validators(row, last, query.model_dump_json())
+        if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)
         (layer,) = _one_layer(spec, query.layer)
@@ -59,9 +57,11 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
         s = store.spectra(session, row.id, layer, min(spec.shapes[layer]), [last], of="weights")[0]
         cuts = store.cuts(session, row.id, layer)
     shape = spec.shapes[layer]
-    head = {"experiment_id": row.id, "layer": layer, "epoch": last, "shape": shape, "dtype": STORED_DTYPE}
-    reports = [compression.report(s, shape, STORED_DTYPE, rule) for rule in rules]
-    body = {**head, "rule": "all", "rules": reports} if query.rule == "all" else {**head, **reports[0]}
+    head = {"experiment_id": row.id, "layer": layer, "epoch": last, "shape": shape, "dtype": WEIGHT_DTYPE}
+    if query.rule == "all":
+        body = {**head, "rule": "all", "rules": [_report_or_reason(s, shape, rule) for rule in rules]}
+    else:
+        body = {**head, **compression.report(s, shape, WEIGHT_DTYPE, rules[0])}
     return Response(
         representations.to_json({**body, "curve": _curve(s, shape, cuts)}),
         headers=headers,
@@ -82,6 +82,14 @@ def _rules(query: CompressionQuery) -> list[Rule]:
             raise BadRequestValue("rank", None, "must be given for rule=rank")
         return [DEFAULTS[query.rule]]
     return [Rule(query.rule, **{wanted: value})]
+
+
+def _report_or_reason(s: Array, shape: tuple[int, int], rule: Rule) -> dict[str, Any]:
+    """A rule's report; nobody asked for its default parameter, so one that does not suit the layer is no error."""
+    try:
+        return compression.report(s, shape, WEIGHT_DTYPE, rule)
+    except BadRequestValue as error:
+        return {"rule": rule.name, "fraction": rule.fraction, "rank": None, "chosen_by": error.detail}
 
 
 def _one_layer(spec: ExperimentSpec, layer: str | None) -> list[str]:

@@ -3,14 +3,14 @@
 import base64
 import binascii
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from service import files, store, views
-from service.context import OWNER, Body, Context, Here
+from service.context import JSON_ONLY, OWNER, Body, Context, Here
 from service.errors import BadRequestValue, PreconditionFailed, StorageFull
 from service.http import etag, matches
 from service.representations import to_json
@@ -33,11 +33,17 @@ class LabelChanges(Strict):
     tags: Tags = Field(default_factory=dict)
 
 
-@router.post("", status_code=202, response_model=views.Experiment, openapi_extra=_body(ExperimentSpec))
+@router.post(
+    "",
+    status_code=202,
+    response_model=views.Experiment,
+    openapi_extra=_body(ExperimentSpec),
+    dependencies=JSON_ONLY,
+)
 def create(here: Here, body: Body) -> Response:
     """Queue a training run; `{}` is the memo's experiment."""
     spec = resolve(body)
-    _check_device(spec.device, here.settings.devices.split(","))
+    _check_device(spec.device, here.settings.device_names)
     _check_disk(here)
     job = {
         "kind": KIND,
@@ -80,7 +86,7 @@ class ListQuery(BaseModel):
     created_before: AwareDatetime | None = None
 
 
-@router.get("", response_model=views.ExperimentList)
+@router.get("", response_model=views.ExperimentList, dependencies=JSON_ONLY)
 def index(here: Here, request: Request, query: Annotated[ListQuery, Query()]) -> Response:
     """A page of experiments, newest first unless `order=asc`."""
     with here.database.read.begin() as session:
@@ -131,7 +137,7 @@ def _read_tag(tag: str | None) -> tuple[str, str | None] | None:
     if tag is None:
         return None
     key, colon, value = tag.partition(":")
-    if not re.match(TAG_KEY, key):
+    if not re.fullmatch(TAG_KEY, key):
         raise BadRequestValue("tag", tag, "must be `key` or `key:value`")
     return key, value if colon else None
 
@@ -139,10 +145,10 @@ def _read_tag(tag: str | None) -> tuple[str, str | None] | None:
 def _microseconds(moment: datetime | None) -> int | None:
     if moment is None:
         return None
-    return (moment.astimezone(UTC) - views.EPOCH) // timedelta(microseconds=1)
+    return (moment - views.EPOCH) // timedelta(microseconds=1)
 
 
-@router.get("/{experiment_id}", response_model=views.Experiment)
+@router.get("/{experiment_id}", response_model=views.Experiment, dependencies=JSON_ONLY)
 def read(here: Here, request: Request, experiment_id: str) -> Response:
     """One experiment: its status, progress and specification."""
     with here.database.read.begin() as session:
@@ -152,20 +158,25 @@ def read(here: Here, request: Request, experiment_id: str) -> Response:
     return _answer(row)
 
 
-@router.patch("/{experiment_id}", response_model=views.Experiment, openapi_extra=_body(LabelChanges))
+@router.patch(
+    "/{experiment_id}",
+    response_model=views.Experiment,
+    openapi_extra=_body(LabelChanges),
+    dependencies=JSON_ONLY,
+)
 def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Response:
     """Change name and tags, nothing else; with If-Match only if nobody was faster."""
     changes = LabelChanges.model_validate(body).model_dump(exclude_unset=True)
     expected = request.headers.get("if-match")
     with here.database.write.begin() as session:
         row = store.get_job(session, KIND, OWNER, experiment_id)
-        if expected is not None and not matches(expected, _tag(row)):
+        if expected is not None and not matches(expected, _tag(row), weakly=False):
             raise PreconditionFailed(f"the ETag is {_tag(row)} now")
         row = store.rename_job(session, experiment_id, changes)
     return _answer(row)
 
 
-@router.post("/{experiment_id}/cancel", response_model=views.Experiment, responses={202: {}})
+@router.post("/{experiment_id}/cancel", response_model=views.Experiment, responses={202: {}}, dependencies=JSON_ONLY)
 def cancel(here: Here, experiment_id: str) -> Response:
     """Stop a queued or running experiment; what it has recorded stays. Calling it again changes nothing."""
     with here.database.write.begin() as session:

@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from sqlalchemy import text
 
 from service import files
-from service.context import Here
+from service.context import JSON_ONLY, Here
 from service.errors import DatabaseUnavailable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
 from service.problems import BY_SLUG, problem_response, translate
@@ -64,7 +64,7 @@ def discovery(request: Request) -> Response:
     return HTMLResponse(page, headers=headers)
 
 
-@router.get("/presets")
+@router.get("/presets", dependencies=JSON_ONLY)
 def presets() -> dict[str, Any]:
     """The named specifications, resolved."""
     data = [
@@ -74,7 +74,7 @@ def presets() -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.get("/limits")
+@router.get("/limits", dependencies=JSON_ONLY)
 def limits(here: Here) -> dict[str, Any]:
     """Every limit that a request can meet; bounds of single fields are in the OpenAPI document too."""
     settings = here.settings
@@ -82,7 +82,7 @@ def limits(here: Here) -> dict[str, Any]:
         "body_bytes": settings.body_limit,
         "queued_jobs": settings.queue_limit,
         "job_seconds": settings.job_limit_s,
-        "devices": settings.devices.split(","),
+        "devices": settings.device_names,
         "parameters": PARAMETER_LIMIT,
         "work": WORK_LIMIT,
         "recorded_values": RECORDED_LIMIT,
@@ -105,8 +105,9 @@ def _bounds(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @router.get("/healthz")
-def healthz() -> dict[str, str]:
+async def healthz() -> dict[str, str]:
     """The process answers."""
+    # Not in a thread of the pool, which other requests may have filled.
     return {"status": "ok"}
 
 
@@ -125,7 +126,7 @@ def readyz(here: Here, request: Request) -> Response:
     return Response(to_json({"status": "ready"}), media_type="application/json")
 
 
-@router.get("/problems/{slug}")
+@router.get("/problems/{slug}", dependencies=JSON_ONLY)
 def problem_type(slug: str) -> dict[str, Any]:
     """What a problem type means and what to do about it."""
     if (problem := BY_SLUG.get(slug)) is None:

@@ -7,12 +7,12 @@ from sqlalchemy.orm import Session
 
 from service import representations, store, views
 from service.context import OWNER, Here
-from service.http import choose_format, etag, matches
+from service.http import choose_format, unchanged
 from service.lowrank import decay, describe
 from service.lowrank.ranks import Array
 from service.representations import MEDIA_TYPES
-from service.routes.spectrum import STORED_DTYPE, EpochQuery, check_size, chosen_layers
-from service.schemas import ExperimentSpec
+from service.routes.spectrum import FIELD_COUNT, EpochQuery, check_size, chosen_layers
+from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "jsonl")}
@@ -24,14 +24,13 @@ def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[E
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", OWNER, experiment_id)
-        tag = etag(row.id, row.attempt, row.status, store.last_epoch(session, row.id), form, query.model_dump_json())
-        headers = {"etag": tag, "vary": "Accept", **views.caching(row)}
-        if matches(request.headers.get("if-none-match"), tag):
+        headers = views.validators(row, store.last_epoch(session, row.id), form, query.model_dump_json())
+        if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)
         layers = chosen_layers(spec, query.layer, "all")
         epochs = store.recorded_epochs(session, row.id, query.epochs)
-        check_size(spec, layers, len(epochs), form)
+        check_size(len(epochs) * len(layers) * FIELD_COUNT)
         losses = store.losses(session, row.id, epochs)
         spectra = {
             layer: store.spectra(session, row.id, layer, min(spec.shapes[layer]), epochs, of=query.of)
@@ -55,7 +54,7 @@ def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[E
 
 
 def _rows(spec: ExperimentSpec, losses: list[dict[str, Any]], spectra: dict[str, Array]) -> list[dict[str, Any]]:
-    described = {layer: describe(s, spec.shapes[layer], STORED_DTYPE) for layer, s in spectra.items()}
+    described = {layer: describe(s, spec.shapes[layer], WEIGHT_DTYPE) for layer, s in spectra.items()}
     return [
         {**loss, "layers": [{"name": layer, **fields[i]} for layer, fields in described.items()]}
         for i, loss in enumerate(losses)

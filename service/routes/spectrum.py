@@ -5,23 +5,26 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from service import files, representations, store, views
 from service.context import OWNER, Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, SpectrumNotReady
-from service.http import choose_format, etag, matches
+from service.http import choose_format, unchanged
 from service.lowrank import describe, normalized
 from service.lowrank.ranks import Array
 from service.pictures import Chart, Size, Spectrum
 from service.representations import MEDIA_TYPES
-from service.schemas import ExperimentSpec
+from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.store import EpochRange, JobRow
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 ANSWER_LIMIT = 2 * 10**6
-STORED_DTYPE = "float32"  # of every network the trainer makes
+FIELD_COUNT = 17  # ranks and norms that `describe` gives for every spectrum
+WIDEST = 4096
+TEXT = {"json", "jsonl", "csv"}
 PICTURES = {"png", "svg", "gif"}
 ONE_LAYER = {"npy", *PICTURES}
 
@@ -69,28 +72,39 @@ class Recording:
 
 
 @router.get("/{experiment_id}/spectrum", responses={200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}})
-def spectrum(here: Here, request: Request, experiment_id: str, query: Annotated[SpectrumQuery, Query()]) -> Response:
+async def spectrum(
+    here: Here, request: Request, experiment_id: str, query: Annotated[SpectrumQuery, Query()]
+) -> Response:
     """Singular values of one layer (W2 unless `layer` says otherwise), or of all, by epoch."""
     form = choose_format(query.format, request.headers.get("accept"), MEDIA_TYPES)
+    prepared = await run_in_threadpool(_prepare, here, request, experiment_id, query, form)
+    if isinstance(prepared, Response):
+        return prepared
+    # Waiting for a picture takes none of the threads that other requests need.
+    headers, task = prepared
+    return Response(await here.drawing.draw(*task), headers=headers, media_type=MEDIA_TYPES[form])
+
+
+def _prepare(
+    here: Context, request: Request, experiment_id: str, query: SpectrumQuery, form: str
+) -> Response | tuple[dict[str, str], tuple[Any, ...]]:
+    """The answer; or for a picture its headers and what to draw."""
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", OWNER, experiment_id)
         last = store.last_epoch(session, row.id)
-        tag = _tag(row, last, form, query)
-        headers = {"etag": tag, "vary": "Accept", **views.caching(row)}
-        if matches(request.headers.get("if-none-match"), tag):
+        # The name is drawn into the pictures.
+        headers = views.validators(row, last, row.name, form, query.model_dump_json())
+        if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
-        if last is None and form not in {"json", "jsonl", "csv"}:
+        if last is None and form not in TEXT:
             raise SpectrumNotReady(f"the experiment is {row.status}, and epoch 0 is not recorded")
         recording = _load(session, row, query, form)
-    content = (
-        _picture(here, recording, query, form, tag) if form in PICTURES else _numbers(recording, query, form, last)
-    )
-    return Response(content, headers=headers, media_type=MEDIA_TYPES[form])
-
-
-def _tag(row: JobRow, last: int | None, form: str, query: SpectrumQuery) -> str:
-    # The name is drawn into the pictures, and the status is in the JSON.
-    return etag(row.id, row.attempt, row.status, last, row.name, form, query.model_dump_json())
+    if form in PICTURES:
+        path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), form)
+        if (cached := files.read_cached(path)) is not None:
+            return Response(cached, headers=headers, media_type=MEDIA_TYPES[form])
+        return headers, (path, *_picture(recording, query, form))
+    return Response(_numbers(recording, query, form, last), headers=headers, media_type=MEDIA_TYPES[form])
 
 
 def chosen_layers(spec: ExperimentSpec, layer: str | None, default: str) -> list[str]:
@@ -113,9 +127,12 @@ def _load(session: Session, row: JobRow, query: SpectrumQuery, form: str) -> Rec
         raise BadRequestValue("layer", query.layer, f"{form} holds one layer; npz, json, jsonl and csv hold all")
     epochs = store.recorded_epochs(session, row.id, query.epochs)
     epochs = _shown(epochs, query, form)
-    if not epochs and form not in {"json", "jsonl", "csv"}:
+    if not epochs and form not in TEXT:
         raise BadRequestValue("from", query.first, "no recorded epoch lies in the range")
-    check_size(spec, layers, len(epochs) * (1 + query.normalize), form, query.top_k)
+    if form in TEXT:
+        k = [min(*spec.shapes[layer], query.top_k or WIDEST) for layer in layers]
+        fields = 0 if form == "csv" else FIELD_COUNT
+        check_size(len(epochs) * sum(fields + (1 + query.normalize) * one for one in k))
     spectra = {
         layer: store.spectra(session, row.id, layer, min(spec.shapes[layer]), epochs, of=query.of) for layer in layers
     }
@@ -132,11 +149,11 @@ def _shown(epochs: list[int], query: SpectrumQuery, form: str) -> list[int]:
     return epochs
 
 
-def check_size(spec: ExperimentSpec, layers: list[str], rows: int, form: str, top_k: int | None = None) -> None:
-    """Raise BudgetExceeded for text that nobody wants to parse; arrays are bounded by what may be recorded."""
-    values = rows * sum(min(*spec.shapes[layer], top_k or 4096) for layer in layers)
-    if form in {"json", "jsonl", "csv"} and values > ANSWER_LIMIT:
-        raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, "use stride, top_k or format=npy")
+def check_size(values: int) -> None:
+    """Raise BudgetExceeded for a text that nobody wants to parse."""
+    if values > ANSWER_LIMIT:
+        advice = "use stride, from, to or one layer; for spectra top_k or format=npy"
+        raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, advice)
 
 
 def _numbers(recording: Recording, query: SpectrumQuery, form: str, last: int | None) -> bytes:
@@ -170,7 +187,7 @@ def _numbers(recording: Recording, query: SpectrumQuery, form: str, last: int | 
 
 def _epoch_objects(recording: Recording, values: dict[str, Array], scaled: dict[str, Array]) -> list[dict[str, Any]]:
     described = {
-        layer: describe(s, recording.spec.shapes[layer], STORED_DTYPE) for layer, s in recording.spectra.items()
+        layer: describe(s, recording.spec.shapes[layer], WEIGHT_DTYPE) for layer, s in recording.spectra.items()
     }
     return [
         {
@@ -189,10 +206,11 @@ def _epoch_objects(recording: Recording, values: dict[str, Array], scaled: dict[
     ]
 
 
-def _picture(here: Context, recording: Recording, query: SpectrumQuery, form: str, tag: str) -> bytes:
+def _picture(recording: Recording, query: SpectrumQuery, form: str) -> tuple[Any, ...]:
+    """What `Drawing.draw` is to draw."""
     row = recording.row
     ((layer, s),) = recording.spectra.items()
-    shares, ranks = normalized(s), describe(s, recording.spec.shapes[layer], STORED_DTYPE)
+    shares, ranks = normalized(s)[:, : query.top_k], describe(s, recording.spec.shapes[layer], WEIGHT_DTYPE)
     shown = [
         Spectrum(
             epoch=losses["epoch"],
@@ -207,6 +225,5 @@ def _picture(here: Context, recording: Recording, query: SpectrumQuery, form: st
     title = row.name or recording.spec.preset
     chart = Chart(title, layer, recording.spec.shapes[layer], query.of, query.scale)
     size = Size(query.width, query.height, query.dpi)
-    path = files.picture_path(here.settings.data, row.id, tag.strip('"'), form)
     timing = (query.fps,) if form == "gif" else ()
-    return here.drawing.draw(path, f"spectrum_{form}", shown, chart, size, *timing)
+    return (f"spectrum_{form}", shown, chart, size, *timing)

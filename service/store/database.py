@@ -13,7 +13,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import DatabaseUnusable
@@ -32,14 +32,19 @@ class Database:
 
 
 def connect(settings: Settings) -> Database:
-    """Open the database of the settings; nothing is read or written yet.
+    """Open the database of the settings; nothing is read or written yet. Raises DatabaseUnusable.
 
     A write transaction begins IMMEDIATE on SQLite: one that starts by reading and then writes is refused with
     SQLITE_BUSY_SNAPSHOT, which no timeout waits out.
     """
-    engine = create_engine(settings.url, pool_pre_ping=not settings.url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
+    try:
         settings.data.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(settings.url, pool_pre_ping=not settings.url.startswith("sqlite"))
+    except OSError as error:
+        raise DatabaseUnusable(f"cannot use the data folder {str(settings.data)!r}: {error.strerror}") from error
+    except (ArgumentError, ImportError) as error:
+        raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
+    if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin)
     writing = engine.execution_options(write=True)
@@ -55,7 +60,7 @@ def journal_mode() -> str:
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # The driver must not begin transactions of its own: `_begin` does.
-    for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+    for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -96,21 +96,21 @@ def end(session: Session, token: Token, status: Status, error: dict[str, str] | 
 
 
 def release(session: Session, token: Token) -> None:
-    """Put the job back in line, as a worker does that is told to stop: a deploy is no failed attempt."""
-    status = session.scalar(select(JobRow.status).where(JobRow.id == token.job_id))
-    if status == "canceling":
-        end(session, token, "canceled")
-        return
-    back = {"status": "queued", "worker": None, "done": 0, "revision": JobRow.revision + 1}
-    session.execute(_held(token).values(back))
+    """Put the job back in line, as a worker does that is told to stop; one that was to be canceled is over."""
+    bump = {"revision": JobRow.revision + 1}
+    canceled = {"status": "canceled", "finished_at": now(), **bump}
+    session.execute(_held(token).where(JobRow.status == "canceling").values(canceled))
+    back = {"status": "queued", "worker": None, "done": 0, **bump}
+    session.execute(_held(token).where(JobRow.status == "running").values(back))
 
 
 def record_crash(session: Session, token: Token, reason: str, max_attempts: int) -> None:
     """The attempt died without a word: try again, or after `max_attempts` crashes fail the job."""
-    crashes = session.scalar(_held(token).values(crashes=JobRow.crashes + 1).returning(JobRow.crashes))
-    if crashes is None:
+    counted = _held(token).values(crashes=JobRow.crashes + 1).returning(JobRow.crashes, JobRow.status)
+    if (row := session.execute(counted).one_or_none()) is None:
         return  # Another attempt owns the job, or it ended: there is nothing to put right.
-    if crashes < max_attempts:
+    crashes, status = row
+    if crashes < max_attempts or status == "canceling":
         release(session, token)
         return
     detail = f"{reason}; that was attempt {crashes} of {max_attempts}"

@@ -12,6 +12,11 @@ def _job_key() -> sa.Column[str]:
 
 
 def upgrade() -> None:
+    _create_jobs()
+    _create_recordings()
+
+
+def _create_jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(36), primary_key=True),
@@ -37,6 +42,9 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_owner", "jobs", ["owner", "kind", "created_at", "id"])
     op.create_index("jobs_in_line", "jobs", ["status", "priority", "created_at", "id"])
+
+
+def _create_recordings() -> None:
     op.create_table(
         "epochs",
         _job_key(),
