@@ -28,6 +28,7 @@ class Drawing:
         self._cache = (data, cache_limit)
         self._pool: ProcessPoolExecutor | None = None
         self._closed = False
+        self._loop = asyncio.get_running_loop()
 
     async def draw(self, path: Path, function: str, *arguments: Any) -> bytes:
         """The picture's bytes, from the file at `path` or drawn and kept there. Raises Draining.
@@ -58,10 +59,14 @@ class Drawing:
     async def _run(self, pool: ProcessPoolExecutor, task: tuple[Any, ...]) -> bytes:
         try:
             return await asyncio.wrap_future(pool.submit(_draw, *task))
-        except (BrokenProcessPool, asyncio.CancelledError):
+        except BrokenProcessPool:
             if self._closed:
                 raise Draining(STOPPING) from None
             raise
+
+    def close_soon(self) -> None:
+        """Close from a signal handler, which may have interrupted this very code under the pool's locks."""
+        self._loop.call_soon_threadsafe(self.close)
 
     def close(self) -> None:
         """End the process at once; whoever waits for a picture gets Draining."""
@@ -71,9 +76,9 @@ class Drawing:
     def _end(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            processes = list((pool._processes or {}).values())  # From Python 3.14 on: pool.kill_workers().
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            # Not pool.shutdown: it waits for a drawing, and for a pipe that a dead process no longer empties. A pool
+            # whose process has died fails all its tasks and cleans up by itself. From Python 3.14 on: kill_workers().
+            for process in list((pool._processes or {}).values()):
                 process.kill()
 
 

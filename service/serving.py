@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
         """Stop: workers give their jobs back, and nobody waits for pictures any more."""
         self._workers.stop()
         if (context := getattr(self._app.state, "context", None)) is not None:
-            context.drawing.close()
+            context.drawing.close_soon()
         super().handle_exit(sig, frame)
 
 

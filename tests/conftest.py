@@ -70,7 +70,7 @@ class Server:
     def workers(self) -> list[psutil.Process]:
         """The worker processes, without their children."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "worker" in child.cmdline()]
+        return [child for child in children if "-m worker" in command_line(child)]
 
     def job_children(self) -> list[psutil.Process]:
         """The processes that run jobs: children of the workers' fork servers."""
@@ -78,9 +78,17 @@ class Server:
             job
             for worker in self.workers()
             for helper in worker.children()
-            if "forkserver" in " ".join(helper.cmdline())
+            if "forkserver" in command_line(helper)
             for job in helper.children()
         ]
+
+
+def command_line(process: psutil.Process) -> str:
+    """How the process was started; nothing once it has ended, be it this very moment."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Server, start_server, stop_server, wait_for
+from tests.conftest import Server, command_line, start_server, stop_server, wait_for
 
 LONG = {"training": {"epochs": 100_000}, "record": {"every": 1000}}
 FAST = {"RANKSCOPE_HEARTBEAT_S": "0.1", "RANKSCOPE_LEASE_S": "1"}
@@ -48,6 +48,7 @@ def test_a_killed_child_is_tried_again_and_fails_the_third_time(own_server: Serv
     assert own_server.run({"training": {"epochs": 1}})["status"] == "succeeded"  # The worker goes on.
 
 
+@pytest.mark.slow
 def test_a_killed_worker_takes_its_children_along_and_another_does_the_job(own_server: Server) -> None:
     posted = own_server.post({"training": {"epochs": 600}, "record": {"every": 100}})
     child, worker = job_child(own_server, posted["id"]), own_server.workers()[0]
@@ -59,6 +60,7 @@ def test_a_killed_worker_takes_its_children_along_and_another_does_the_job(own_s
     assert [epoch["epoch"] for epoch in document["epochs"]] == list(range(0, 601, 100))
 
 
+@pytest.mark.slow
 def test_sigterm_gives_the_running_job_back_and_the_next_server_finishes_it(tmp_path: Path) -> None:
     first = start_server(tmp_path / "data", **FAST)
     posted = first.post({"training": {"epochs": 600}, "record": {"every": 100}})
@@ -88,12 +90,13 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
     server.client.close()
 
 
+@pytest.mark.slow
 def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data")
     path = f"/experiments/{server.run({'training': {'epochs': 100}})['id']}/spectrum?format=gif&height=2000"
     with ThreadPoolExecutor(6) as threads:
         answers = [threads.submit(server.client.get, f"{path}&width={1900 + i}") for i in range(6)]
-        wait_for(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in descendants(server)), "the drawing process")
+        wait_for(lambda: any("spawn_main" in command_line(p) for p in descendants(server)), "the drawing process")
         server.process.send_signal(signal.SIGTERM)
         done = [answer.result() for answer in answers]
     assert server.process.wait(30) == 0
@@ -106,6 +109,7 @@ def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tm
     server.process.stdin.close()
 
 
+@pytest.mark.slow
 def test_a_database_locked_for_a_while_costs_a_running_job_nothing(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data")
     posted = server.post({"training": {"epochs": 1000}, "record": {"every": 10}})
@@ -148,6 +152,7 @@ def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
     stop_server(server)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_offered_but_missing_fails_the_job_in_a_fresh_process(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", RANKSCOPE_DEVICES="cpu,cuda:99")
     failed = server.run({"device": "cuda:99"})
