@@ -82,12 +82,9 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
     job_child(server, server.post(LONG)["id"])
     everyone = psutil.Process(server.process.pid).children(recursive=True)
     assert len(everyone) >= 4  # the worker, its fork server, the job and the drawing process
-    assert server.process.stdin is not None
     server.process.kill()
-    server.process.wait()
-    server.process.stdin.close()
+    assert stop_server(server) == -signal.SIGKILL
     wait_for(lambda: not any(process.is_running() for process in everyone), "every process to end")
-    server.client.close()
 
 
 @pytest.mark.slow
@@ -105,8 +102,7 @@ def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tm
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/draining")
     assert any(answer.status_code == 503 for answer in done)
     assert "Traceback" not in server.log.read_text()
-    assert server.process.stdin is not None
-    server.process.stdin.close()
+    assert stop_server(server) == 0
 
 
 @pytest.mark.slow
