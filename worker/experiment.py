@@ -17,7 +17,7 @@ from service.store import Epoch
 from worker.cuts import cut_curves
 from worker.datasets import make_dataset
 from worker.decompose import difference, singular_values
-from worker.networks import Arrays, namespace_of
+from worker.networks import Arrays
 from worker.recorder import Recorder
 from worker.trainer import Snapshot, Trainer
 
@@ -83,8 +83,7 @@ def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoc
 
 def _cuts(spec: ExperimentSpec, trainer: Trainer) -> dict[str, tuple[Array, Array]]:
     """Validation loss and R² by rank of every recorded layer, in float64 whatever the training's dtype."""
-    data, weights = make_dataset(spec, "float64"), trainer.network.weights
-    arrays = Arrays(namespace_of(weights[0]), weights[0].device, "float64")
+    data, arrays = make_dataset(spec, "float64"), Arrays(trainer.xp, trainer.device, "float64")
     x, y = (arrays.stack([values])[0] for values in (data.x_validation, data.y_validation))
     return cut_curves(trainer.network.member(0), spec.network.activation, x, y, spec.recorded_layers)
 
@@ -94,9 +93,15 @@ def _or_none(values: Array) -> float | None:
 
 
 def _advice(snapshot: Snapshot, spec: ExperimentSpec) -> str:
-    training = spec.training
-    return (
-        f"at epoch {snapshot.epoch} the training loss is {snapshot.train_loss[0]}: some weight or loss is no longer"
-        f" finite; take a smaller learning rate than {training.lr:g}"
-        + (f", or a weight decay below {2 / training.lr:g}" if training.lr * training.weight_decay > 2 else "")
+    """What stopped being finite, when, and what to change."""
+    losses = {"training loss": snapshot.train_loss[0]}
+    if spec.n_validation:
+        losses["validation loss"] = snapshot.validation_loss[0]
+    found = next(
+        (f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)), "a weight is inf"
     )
+    training = spec.training
+    advice = f"at epoch {snapshot.epoch} {found}; take a smaller learning rate than {training.lr:g}"
+    if training.lr * training.weight_decay > 2:
+        advice += f", or a weight decay below {2 / training.lr:g}"
+    return advice
