@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--tied", action="store_true", help="stop when standard input ends, as when the parent dies")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # It tells of every plugin that it sets up.
     # Before the fork server loads any BLAS: one that has started threads must not be forked.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
