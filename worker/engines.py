@@ -7,7 +7,7 @@ from typing import Any
 from service.settings import Settings
 from service.store import Token
 
-PRELOAD = ["worker.job"]
+PRELOAD = ["worker.preload"]
 
 
 def start(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> BaseProcess:
