@@ -19,11 +19,21 @@ RankscopeError
 ├── StorageFull
 ├── DatabaseUnavailable
 ├── Draining                 the server is about to stop
+├── MalformedMultipart       the body is not the multipart/form-data with one file that it says it is
+├── TorchDisabled            the operator has not allowed .pt files
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
 ├── LostJob                  another attempt owns the job: stop writing
 └── JobFailed                ends a job as `failed`, with a type clients can match
     ├── DeviceUnavailable
-    └── Diverged
+    ├── Diverged
+    ├── NoConvergence        LAPACK finds no singular values
+    └── UploadError          an uploaded file, or one tensor in it, is refused; found by the route or by the job
+        ├── MalformedArray, MalformedArchive                     not what the bytes claim to be
+        ├── ArrayTooLarge, ArchiveTooLarge
+        ├── PickleForbidden, UnsafeCheckpoint                    would have to be executed to be read
+        ├── UnsupportedDtype, UnsupportedShape, NonFiniteValues
+        ├── NotInBase                                            has no counterpart to subtract
+        └── NoMatrices                                           nothing in the file can be analysed
 """
 
 from typing import Any
@@ -119,6 +129,14 @@ class Draining(RankscopeError):
     """The server is about to stop and begins nothing new."""
 
 
+class MalformedMultipart(RankscopeError):
+    """The body is not multipart/form-data with exactly one part."""
+
+
+class TorchDisabled(RankscopeError):
+    """The operator has not allowed PyTorch checkpoints."""
+
+
 class DatabaseUnusable(RankscopeError):
     """The database cannot be served from at all: damaged, read-only, or newer than this program."""
 
@@ -146,3 +164,91 @@ class Diverged(JobFailed):
 
     kind = "diverged"
     title = "The training diverged"
+
+
+class NoConvergence(JobFailed):
+    """Every LAPACK driver gave up on a matrix."""
+
+    kind = "no-convergence"
+    title = "The singular values were not found"
+
+
+class UploadError(JobFailed):
+    """An uploaded file, or one tensor in it, is refused; `kind` is the problem type and a skipped tensor's reason."""
+
+
+class MalformedArray(UploadError):
+    """The bytes are not the array format that they claim to be."""
+
+    kind = "malformed-array"
+    title = "The bytes are not the array that they claim to be"
+
+
+class MalformedArchive(UploadError):
+    """The bytes are not the archive that they claim to be."""
+
+    kind = "malformed-archive"
+    title = "The bytes are not the archive that they claim to be"
+
+
+class ArrayTooLarge(UploadError):
+    """A matrix passes the limits on its sides or entries."""
+
+    kind = "array-too-large"
+    title = "A matrix is too large"
+
+
+class ArchiveTooLarge(UploadError):
+    """An archive declares more members, tensors or bytes than its limits, or is compressed where it must not be."""
+
+    kind = "archive-too-large"
+    title = "The archive is too large"
+
+
+class PickleForbidden(UploadError):
+    """An array of Python objects, which only a pickle could restore."""
+
+    kind = "pickle-forbidden"
+    title = "Pickled objects are not read"
+
+
+class UnsafeCheckpoint(UploadError):
+    """A PyTorch file that holds more than tensors."""
+
+    kind = "unsafe-checkpoint"
+    title = "The checkpoint holds more than tensors"
+
+
+class UnsupportedDtype(UploadError):
+    """Entries of a type that has no singular values here."""
+
+    kind = "unsupported-dtype"
+    title = "The entries are of a type that is not analysed"
+
+
+class UnsupportedShape(UploadError):
+    """No matrix, and nothing that is read as one."""
+
+    kind = "unsupported-shape"
+    title = "The array is not a matrix"
+
+
+class NonFiniteValues(UploadError):
+    """Entries that are NaN or infinite."""
+
+    kind = "non-finite-values"
+    title = "The matrix has NaN or infinite entries"
+
+
+class NotInBase(UploadError):
+    """A tensor that the base of a comparison does not have, or has in another shape."""
+
+    kind = "not-in-base"
+    title = "The base has no such tensor"
+
+
+class NoMatrices(UploadError):
+    """A well-formed file in which nothing can be analysed."""
+
+    kind = "no-matrices"
+    title = "The file holds no matrix"

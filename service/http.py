@@ -1,12 +1,10 @@
-"""HTTP as pure functions: strict JSON, content negotiation, entity tags, ranges."""
+"""HTTP as pure functions: bodies, content negotiation, entity tags, ranges."""
 
 import hashlib
 import importlib.metadata
-import json
 import re
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -20,6 +18,7 @@ from service.errors import (
     UnsupportedContentEncoding,
     UnsupportedMediaType,
 )
+from service.strictjson import parse_json
 
 JSON_TYPES = {"application/json", "application/merge-patch+json", ""}
 MOST_RANGES = 100
@@ -68,36 +67,6 @@ async def _read(request: Request, limit: int) -> bytes:
         except ClientDisconnect:
             raise MalformedJson("the body broke off", offset=len(body)) from None
     raise BodyTooLarge(f"the body is larger than {limit} bytes", limit=limit)
-
-
-def parse_json(body: bytes) -> Any:
-    """Strict JSON: UTF-8 (a byte order mark is let through), no duplicate keys, NaN or Infinity.
-
-    Raises MalformedJson with the offset where the parser knows it.
-    """
-    try:
-        text = body.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise MalformedJson(f"byte {error.start} is not UTF-8", offset=error.start) from None
-    except json.JSONDecodeError as error:
-        raise MalformedJson(f"{error.msg} at character {error.pos}", offset=error.pos) from None
-    except RecursionError:
-        raise MalformedJson("the brackets are nested too deeply") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise MalformedJson("a number has too many digits") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise MalformedJson(f"the key {twice[:100]!r} appears twice")
-    return result
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise MalformedJson(f"{name} is not JSON")
 
 
 RANGE = re.compile(r"\s*([\w!#$&^+.-]+|\*)/([\w!#$&^+.-]+|\*)\s*((?:;[^,]*)?)")

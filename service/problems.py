@@ -30,12 +30,23 @@ class ValidationFailed(errors.RankscopeError):
     """Stands for pydantic's refusals in the table; `errors` has an entry for each."""
 
 
+def _upload_problem(kind: type[errors.UploadError], status: int, advice: str) -> Problem:
+    return Problem(kind.kind, status, kind.title, advice)
+
+
 PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.MalformedJson: Problem(
         "malformed-json",
         400,
         "The body is not strict JSON",
         "Send UTF-8 JSON without duplicate keys, NaN or Infinity.",
+    ),
+    errors.MalformedArray: _upload_problem(errors.MalformedArray, 400, "Save it again; `detail` names what is wrong."),
+    errors.MalformedArchive: _upload_problem(
+        errors.MalformedArchive, 400, "Save it again; `detail` names what is wrong."
+    ),
+    errors.MalformedMultipart: Problem(
+        "malformed-multipart", 400, "The multipart body is malformed", "Send one file part, or the bytes as the body."
     ),
     errors.HostNotAllowed: Problem(
         "host-not-allowed", 400, "This server does not answer to that host", "Add the name to RANKSCOPE_HOSTS."
@@ -59,11 +70,24 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.BodyTooLarge: Problem(
         "body-too-large", 413, "The body is too large", "`GET /limits` tells how large it may be."
     ),
+    errors.ArrayTooLarge: _upload_problem(errors.ArrayTooLarge, 413, "`GET /limits` tells how large a matrix may be."),
+    errors.ArchiveTooLarge: _upload_problem(
+        errors.ArchiveTooLarge, 413, "`GET /limits` tells how much an archive may hold."
+    ),
     errors.UnsupportedMediaType: Problem(
-        "unsupported-media-type", 415, "The body's media type is not taken here", "Send application/json."
+        "unsupported-media-type",
+        415,
+        "The body's media type is not taken here",
+        "Send application/json, or a file of a format that is read.",
     ),
     errors.UnsupportedContentEncoding: Problem(
         "unsupported-content-encoding", 415, "Compressed bodies are not taken", "Send the body as it is."
+    ),
+    errors.TorchDisabled: Problem(
+        "torch-disabled",
+        415,
+        "PyTorch checkpoints are not taken here",
+        "Save as safetensors, or set RANKSCOPE_TORCH_FILES=true.",
     ),
     errors.RangeNotSatisfiable: Problem(
         "range-not-satisfiable", 416, "The range holds no bytes", "The Content-Range header tells the size."
@@ -74,6 +98,16 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.BadRequestValue: Problem(
         "validation-error", 422, "The request was refused", "`errors` names each field, its value and its limit."
     ),
+    errors.PickleForbidden: _upload_problem(errors.PickleForbidden, 422, "Save numbers, not Python objects."),
+    errors.UnsafeCheckpoint: _upload_problem(errors.UnsafeCheckpoint, 422, "Save a plain state dict, or safetensors."),
+    errors.UnsupportedDtype: _upload_problem(
+        errors.UnsupportedDtype, 422, "Save real numbers; bfloat16 and float8 as safetensors."
+    ),
+    errors.UnsupportedShape: _upload_problem(
+        errors.UnsupportedShape, 422, "Send a non-empty array of 2 to 64 dimensions."
+    ),
+    errors.NonFiniteValues: _upload_problem(errors.NonFiniteValues, 422, "Look where the first one comes from."),
+    errors.NoMatrices: _upload_problem(errors.NoMatrices, 422, "`skipped` tells why each tensor was left out."),
     errors.BudgetExceeded: Problem(
         "budget-exceeded", 422, "All together this asks too much", "`figure` and `limit` tell by how much."
     ),

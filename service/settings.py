@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class Settings(BaseSettings):
@@ -39,6 +39,13 @@ class Settings(BaseSettings):
     job_limit_s: float = Field(86_400, gt=0, le=30 * 86_400, description="Seconds one job may run")
     queue_limit: int = Field(1000, ge=1, le=10**6, description="Jobs that may wait in the queue")
     body_limit: int = Field(64 << 10, ge=1024, le=16 * MIB, description="Bytes of a JSON body")
+    upload_limit: int = Field(2 * GIB, ge=1024, description="Bytes of an uploaded file")
+    side_limit: int = Field(16_384, ge=1, le=65_536, description="Rows or columns of an uploaded matrix")
+    entry_limit: int = Field(134_217_728, ge=1, le=2**31, description="Entries of an uploaded matrix")
+    member_limit: int = Field(256, ge=1, le=10_000, description="Members of an uploaded .npz")
+    inflated_limit: int = Field(4 * GIB, ge=1024, description="Bytes that an uploaded .npz may declare inflated")
+    tensor_limit: int = Field(10_000, ge=1, le=100_000, description="Tensors of an uploaded checkpoint")
+    torch_files: bool = Field(False, description="Take PyTorch checkpoints (.pt, .pth), read with weights_only=True")
     free_disk: int = Field(256 * MIB, ge=0, description="Bytes of disk kept free; below it new jobs are refused")
     cache_limit: int = Field(512 * MIB, ge=MIB, description="Bytes of cached pictures")
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import MalformedJson, NotAcceptable, RangeNotSatisfiable
-from service.http import choose_format, etag, matches, parse_json, usable_range
+from service.http import choose_format, etag, matches, usable_range
+from service.strictjson import parse_json
 
 TYPES = {"json": "application/json", "csv": "text/csv", "png": "image/png"}
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)

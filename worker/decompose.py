@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from service.errors import JobFailed
+from service.errors import NoConvergence
 from service.lowrank.ranks import Array
 from worker.networks import Tensor
 
@@ -23,7 +23,7 @@ def singular_values(weights: Tensor, stored_dtype: str) -> Array:
     matrix, where they cannot: `stored_dtype` says what the weights are stored in, however they are passed. The Gram
     matrix costs least, and its error in σ is about ε·σ₁²/(2σ): a matrix with a σ below 1e-3·σ₁ is decomposed again in
     full, and float64 weights, whose own rounding is finer than that error, always are. A matrix that is not finite has
-    NaN for singular values, so that one diverged member does not take the others' from them. Raises JobFailed.
+    NaN for singular values, so that one diverged member does not take the others' from them. Raises NoConvergence.
     """
     matrices = _float64(weights)
     batch = matrices.reshape(-1, *matrices.shape[-2:])
@@ -47,7 +47,7 @@ def difference(weights: Tensor, initial: Tensor) -> Tensor:
 
 
 def svd(weight: Tensor) -> tuple[Array, Array, Array]:
-    """The thin factors u (m, k), s (k,), vt (k, n) of one finite matrix, float64. Raises JobFailed."""
+    """The thin factors u (m, k), s (k,), vt (k, n) of one finite matrix, float64. Raises NoConvergence."""
     matrix = _float64(weight).cpu().numpy()
     try:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
@@ -91,4 +91,4 @@ def _slowly(matrix: NDArray[Any], *, compute_uv: bool) -> Any:
         return scipy.linalg.svd(matrix, full_matrices=False, compute_uv=compute_uv, lapack_driver="gesvd")
     except np.linalg.LinAlgError as error:
         shape = "×".join(map(str, matrix.shape))
-        raise JobFailed(f"LAPACK found no singular values of a {shape} matrix by gesdd nor by gesvd") from error
+        raise NoConvergence(f"LAPACK found no singular values of a {shape} matrix by gesdd nor by gesvd") from error
