@@ -1,16 +1,21 @@
-"""The data folder: weights of experiments and cached pictures; every file appears whole or not at all.
+"""The data folder: weights, uploads, factors and cached pictures; every file appears whole or not at all.
 
 data/
 ├── rankscope.sqlite3
 ├── weights/<experiment>/<attempt>-initial.safetensors, <attempt>-final.safetensors
-└── pictures/<experiment>/<key>.png|svg|gif
+├── uploads/<analysis>/file, base
+├── factors/<factors>/<attempt>.safetensors|npz|zip
+└── pictures/<job>/<key>.png|svg|gif
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, BinaryIO, Literal
 
 At = Literal["initial", "final"]
 
@@ -20,22 +25,79 @@ def weights_path(data: Path, job_id: str, attempt: int, at: At) -> Path:
     return data / "weights" / job_id / f"{attempt}-{at}.safetensors"
 
 
+def upload_path(data: Path, job_id: str) -> Path:
+    """Where an analysis has the file that it is of."""
+    return data / "uploads" / job_id / "file"
+
+
+def base_path(data: Path, job_id: str) -> Path:
+    """Where an analysis has the file that it subtracts: a second name of the base's upload, which may be deleted."""
+    return data / "uploads" / job_id / "base"
+
+
+def factors_path(data: Path, job_id: str, attempt: int, suffix: str) -> Path:
+    """Where an attempt's factors are."""
+    return data / "factors" / job_id / f"{attempt}.{suffix}"
+
+
 def picture_path(data: Path, job_id: str, key: str, suffix: str) -> Path:
     """Where a drawn picture is kept; the key names everything that determines its bytes."""
     return data / "pictures" / job_id / f"{key}.{suffix}"
 
 
-def write(path: Path, content: bytes) -> None:
-    """Create or replace a file in one step, in a folder that is there; a crash leaves the old one or none."""
+@contextlib.contextmanager
+def nameless(data: Path) -> Iterator[BinaryIO]:
+    """A new file for an upload that nobody finds, and nobody need clean up after a crash, until `keep` names it."""
+    folder = data / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Not tempfile's: it asks the kernel that its file never get a name.
+        file: Any = os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b")
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR}:
+            raise
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".")  # noqa: SIM115 - on file systems that have only names
+    with file:
+        yield file
+
+
+def keep(file: BinaryIO, path: Path) -> None:
+    """Give a nameless file its name, in a folder that is made for it, once it is safely on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}"
+    # With a folder's descriptor Python calls the one of two system calls that follows the link in /proc.
+    os.link(source, path, src_dir_fd=file.fileno(), follow_symlinks=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write and read, in a folder that is there, which gets its name in one step as the block ends.
+
+    A failure leaves what was there before, or nothing; so does a crash.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         try:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             Path(file.name).replace(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def share(path: Path, other: Path) -> None:
+    """Give a file a second name; it lives as long as one of them."""
+    other.parent.mkdir(parents=True, exist_ok=True)
+    os.link(path, other)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Create or replace a file in one step."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def read_cached(path: Path) -> bytes | None:
@@ -50,7 +112,7 @@ def read_cached(path: Path) -> bytes | None:
 
 def remove_job(data: Path, job_id: str) -> None:
     """Remove every file of a job that has been deleted from the database."""
-    for folder in ("weights", "pictures"):
+    for folder in ("weights", "uploads", "factors", "pictures"):
         shutil.rmtree(data / folder / job_id, ignore_errors=True)
 
 

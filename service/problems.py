@@ -107,6 +107,9 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
         errors.UnsupportedShape, 422, "Send a non-empty array of 2 to 64 dimensions."
     ),
     errors.NonFiniteValues: _upload_problem(errors.NonFiniteValues, 422, "Look where the first one comes from."),
+    errors.NotInBase: _upload_problem(
+        errors.NotInBase, 422, "Compare files of the same model: tensors are matched by name and shape."
+    ),
     errors.NoMatrices: _upload_problem(errors.NoMatrices, 422, "`skipped` tells why each tensor was left out."),
     errors.BudgetExceeded: Problem(
         "budget-exceeded", 422, "All together this asks too much", "`figure` and `limit` tell by how much."
@@ -155,6 +158,12 @@ def _allowed(request: Request) -> str:
     path = request.scope["path"]
     methods = {name for pattern, names in request.app.state.methods if pattern.match(path) for name in names}
     return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+
+
+def reported(error: dict[str, str]) -> errors.RankscopeError:
+    """The error that a job ended with, for a request that waited for it: what the route would have raised."""
+    kind = next(kind for kind, problem in PROBLEMS.items() if problem.slug == error["type"])
+    return kind(error["detail"])
 
 
 def translate(error: Exception) -> errors.RankscopeError:

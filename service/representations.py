@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from service.errors import BudgetExceeded
 from service.lowrank.ranks import Array
 
 MEDIA_TYPES = {
@@ -20,7 +21,16 @@ MEDIA_TYPES = {
     "svg": "image/svg+xml",
     "gif": "image/gif",
 }
+ANSWER_LIMIT = 2 * 10**6  # values in a text
+FIELD_COUNT = 17  # ranks and norms that `describe` gives for every spectrum
 Rows = list[dict[str, Any]]
+
+
+def check_size(values: int) -> None:
+    """Raise BudgetExceeded for a text that nobody wants to parse."""
+    if values > ANSWER_LIMIT:
+        advice = "use stride, from, to or one layer; for spectra top_k or format=npy"
+        raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, advice)
 
 
 def to_json(document: object) -> bytes:

@@ -9,6 +9,8 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.uploads import Limits, Matricize
+
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -67,6 +69,18 @@ class Settings(BaseSettings):
     def device_names(self) -> list[str]:
         """The devices that the workers offer."""
         return self.devices.split(",")
+
+    def upload_limits(self, matricize: Matricize = "auto") -> Limits:
+        """What the format checks hold an uploaded file to."""
+        return Limits(
+            side=self.side_limit,
+            entries=self.entry_limit,
+            members=self.member_limit,
+            inflated=self.inflated_limit,
+            tensors=self.tensor_limit,
+            torch=self.torch_files,
+            matricize=matricize,
+        )
 
     @property
     def url(self) -> str:

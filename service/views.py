@@ -8,12 +8,13 @@ from pydantic import BaseModel, Field
 from service.http import etag
 from service.schemas import ExperimentSpec
 from service.store import TERMINAL, JobRow, Status
+from service.uploads import Format, Matricize
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Progress(BaseModel):
-    """Epochs trained, of all."""
+    """How much of the work is done: epochs of a training, multiplications of an analysis."""
 
     done: int
     total: int
@@ -27,24 +28,53 @@ class JobError(BaseModel):
     detail: str
 
 
-class Experiment(BaseModel):
-    """One training run."""
+class Job(BaseModel):
+    """What jobs of all kinds show."""
 
     id: str = Field(description="UUIDv7")
-    object: str = "experiment"
+    object: str
     status: Status
     name: str | None
-    tags: dict[str, str]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     attempt: int
     progress: Progress
     error: JobError | None
-    seed: int
     device: str | None = Field(description="where it ran; null until it has started")
     versions: dict[str, str] | None = Field(description="of the libraries it ran with")
+
+
+class Experiment(Job):
+    """One training run."""
+
+    tags: dict[str, str]
+    seed: int
     spec: ExperimentSpec = Field(description="resolved: preset, then the fields posted")
+
+
+class Source(BaseModel):
+    """The uploaded file."""
+
+    format: Format
+    bytes: int
+    sha256: str
+
+
+class AnalysisSummary(Job):
+    """An analysis of an uploaded file, without what it found."""
+
+    source: Source
+    base: str | None = Field(description="the analysis whose file was subtracted")
+    matricize: Matricize
+
+
+class Analysis(AnalysisSummary):
+    """An analysis with every tensor of the file, in its order."""
+
+    top_k: int = Field(description="how many singular values of each tensor are shown")
+    tensors: list[dict[str, Any]]
+    totals: dict[str, Any]
 
 
 class ExperimentList(BaseModel):
@@ -56,26 +86,42 @@ class ExperimentList(BaseModel):
     next: str | None
 
 
-def experiment(row: JobRow) -> dict[str, Any]:
-    """The row as an Experiment, ready for JSON."""
+class AnalysisList(BaseModel):
+    """A page of analyses; `next` is the cursor for `after`."""
+
+    object: str = "list"
+    data: list[AnalysisSummary]
+    has_more: bool
+    next: str | None
+
+
+def job(row: JobRow) -> dict[str, Any]:
+    """The row as a Job, ready for JSON."""
     environment = row.environment or {}
     return {
         "id": row.id,
         "object": row.kind,
         "status": row.status,
         "name": row.name,
-        "tags": row.tags,
         "created_at": timestamp(row.created_at),
         "started_at": timestamp(row.started_at),
         "finished_at": timestamp(row.finished_at),
         "attempt": row.attempt,
         "progress": {"done": row.done, "total": row.total},
         "error": row.error,
-        "seed": row.spec["seed"],
         "device": environment.get("device"),
         "versions": environment.get("versions"),
-        "spec": row.spec,
     }
+
+
+def experiment(row: JobRow) -> dict[str, Any]:
+    """The row as an Experiment, ready for JSON."""
+    return {**job(row), "tags": row.tags, "seed": row.spec["seed"], "spec": row.spec}
+
+
+def analysis(row: JobRow) -> dict[str, Any]:
+    """The row as an AnalysisSummary, ready for JSON."""
+    return {**job(row), **{name: row.spec[name] for name in ("source", "base", "matricize")}}
 
 
 def timestamp(microseconds: int | None) -> str | None:

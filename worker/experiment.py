@@ -1,27 +1,23 @@
 """What a job of kind `experiment` does: train, record the spectra, keep the weights, price every cut."""
 
-import importlib.metadata
 import math
-import platform
 from typing import Any
 
-import torch
 from safetensors.numpy import save
 
-from service import files
-from service.errors import DeviceUnavailable, Diverged
+from service import files, store
+from service.errors import Diverged
 from service.lowrank.ranks import Array
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.settings import Settings
 from service.store import Epoch
 from worker.cuts import cut_curves
 from worker.datasets import make_dataset
-from worker.decompose import difference, singular_values
+from worker.decompose import difference, spectra
+from worker.devices import choose_device, environment
 from worker.networks import Arrays
 from worker.recorder import Recorder
 from worker.trainer import Snapshot, Trainer
-
-LIBRARIES = ("numpy", "rankscope", "scikit-learn", "scipy", "torch")
 
 
 def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
@@ -31,30 +27,17 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
     """
     spec = ExperimentSpec.model_validate(stored)
     device = choose_device(spec.device, settings.device_names)
-    recorder.start(_environment(device))
+    recorder.start(environment(device), store.clear_recording)
     trainer = Trainer([spec], device)
     initial = trainer.copy_weights()
     _keep_weights(settings, recorder, "initial", trainer)
     for snapshot in trainer.train():
         if snapshot.diverged[0]:
             raise Diverged(_advice(snapshot, spec))
-        recorder.add(_epoch(spec, snapshot, initial))
+        recorder.add(_epoch(spec, snapshot, initial), snapshot.epoch)
     _keep_weights(settings, recorder, "final", trainer)
-    recorder.end("succeeded", cuts=_cuts(spec, trainer))
-
-
-def choose_device(wanted: str, offered: list[str]) -> str:
-    """The device to train on. Raises DeviceUnavailable where the one asked for is not there after all."""
-    if wanted in {"auto", "cuda"}:
-        wanted = next((name for name in offered if name.startswith("cuda")), "cpu" if wanted == "auto" else wanted)
-    if wanted != "cpu" and (torch.device(wanted).index or 0) >= torch.cuda.device_count():
-        raise DeviceUnavailable(f"the deployment offers {wanted}, but this worker finds no such device")
-    return wanted
-
-
-def _environment(device: str) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"device": device, "versions": {"python": platform.python_version(), **versions}}
+    cuts = _cuts(spec, trainer)
+    recorder.end("succeeded", write=lambda session, token: store.add_cuts(session, token, cuts))
 
 
 def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer: Trainer) -> None:
@@ -66,18 +49,17 @@ def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer:
 
 def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:
     layers = zip(spec.shapes, snapshot.weights, initial, strict=True)
-    spectra = {
-        name: (singular_values(w, WEIGHT_DTYPE)[0], singular_values(difference(w, w0), WEIGHT_DTYPE)[0])
-        for name, w, w0 in layers
-        if name in spec.recorded_layers
-    }
+    recorded = [(name, w[0], w0[0]) for name, w, w0 in layers if name in spec.recorded_layers]
+    # Lazily: of large layers only one update exists at a time.
+    found = spectra((matrix for _, w, w0 in recorded for matrix in (w, difference(w, w0))), WEIGHT_DTYPE)
+    names = [name for name, _, _ in recorded]
     return Epoch(
         snapshot.epoch,
         float(snapshot.train_loss[0]),
         _or_none(snapshot.validation_loss),
         _or_none(snapshot.train_r2),
         _or_none(snapshot.validation_r2),
-        spectra,
+        dict(zip(names, zip(found[::2], found[1::2], strict=True), strict=True)),
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from service import store
 from service.errors import JobFailed, LostJob
 from service.processes import end_with_parent
 from service.settings import Settings
-from service.store import Token
-from worker import experiment
-from worker.recorder import Canceled, Recorder
+from service.store import Database, Token
+from worker import analysis, experiment
+from worker.recorder import Canceled, Recorder, Save
 
 log = logging.getLogger("worker.job")
+KINDS: dict[str, tuple[Callable[[Settings, Recorder, dict[str, Any]], None], Save]] = {
+    "experiment": (experiment.run, store.add_epochs),
+    "analysis": (analysis.run, store.record_found),
+}
 
 
 def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> None:
@@ -29,20 +34,18 @@ def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> No
     database = store.connect(settings)
     try:
         with threadpool_limits(settings.threads):
-            _work(settings, Recorder(database, token), kind, spec)
+            _work(settings, database, token, kind, spec)
     except LostJob as error:
         log.warning("%s; this attempt stops", error)
     finally:
         database.engine.dispose()
 
 
-def _work(settings: Settings, recorder: Recorder, kind: str, spec: dict[str, Any]) -> None:
+def _work(settings: Settings, database: Database, token: Token, kind: str, spec: dict[str, Any]) -> None:
+    run_kind, save = KINDS.get(kind, (_unknown, store.record_found))
+    recorder = Recorder(database, token, save)
     try:
-        match kind:
-            case "experiment":
-                experiment.run(settings, recorder, spec)
-            case _:
-                raise JobFailed(f"this worker does not know jobs of kind {kind!r}")
+        run_kind(settings, recorder, spec)
     except Canceled:
         recorder.end("canceled")
     except JobFailed as error:
@@ -54,11 +57,15 @@ def _work(settings: Settings, recorder: Recorder, kind: str, spec: dict[str, Any
         recorder.end("failed", _problem(error))
 
 
+def _unknown(_settings: Settings, recorder: Recorder, _spec: dict[str, Any]) -> None:
+    raise JobFailed(f"this worker is older than the service: it does not know the kind of job {recorder.token.job_id}")
+
+
 def _problem(error: Exception) -> dict[str, str]:
     """An unexpected error for the client: its kind, never its trace."""
     # torch's allocator on the CPU raises a bare RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        detail = "the job needed more memory than there was; take a smaller network, smaller batches or fewer samples"
+        detail = "the job needed more memory than there was; take a smaller network or matrix, or give the worker more"
         return {"type": "out-of-memory", "title": "Out of memory", "detail": detail}
     detail = f"an unexpected {type(error).__name__}; the worker's log has it under the job's id"
     return {"type": JobFailed.kind, "title": JobFailed.title, "detail": detail}

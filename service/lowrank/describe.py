@@ -1,6 +1,7 @@
 """All numbers of a spectrum by name: the fields of the API."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,26 @@ from service.lowrank import noise, ranks
 from service.lowrank.ranks import Array, Shape
 
 COUNTS = {"energy_rank_90", "energy_rank_95", "energy_rank_99", "numerical_rank", "spikes", "optimal_rank"}
+
+
+LINEAR = {"spectral_norm", "frobenius_norm", "nuclear_norm", "noise_edge", "spectral_error"}
+
+
+def rescaled(fields: Mapping[str, Any], exponent: int) -> dict[str, Any]:
+    """The fields of W from those of W/2^exponent: norms scale, ranks and shares do not.
+
+    None stays None, and so does what no float64 holds.
+    """
+    if exponent == 0:
+        return dict(fields)
+    return {name: _scaled(value, exponent) if name in LINEAR else value for name, value in fields.items()}
+
+
+def _scaled(value: float | None, exponent: int) -> float | None:
+    try:
+        return None if value is None else math.ldexp(value, exponent)
+    except OverflowError:
+        return None
 
 
 def describe(s: Array, shape: Shape, dtype: str) -> list[dict[str, float | int | None]]:

@@ -13,8 +13,7 @@ from service.context import JSON_ONLY, Here
 from service.errors import DatabaseUnavailable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
 from service.problems import BY_SLUG, problem_response, translate
-from service.representations import to_json
-from service.routes.spectrum import ANSWER_LIMIT
+from service.representations import ANSWER_LIMIT, to_json
 from service.schemas import (
     DATA_LIMIT,
     PARAMETER_LIMIT,
@@ -29,6 +28,7 @@ from service.schemas import (
 router = APIRouter(tags=["service"])
 LINKS = {
     "experiments": "/experiments",
+    "analyses": "/analyses",
     "presets": "/presets",
     "limits": "/limits",
     "documentation": "/docs",
@@ -80,6 +80,13 @@ def limits(here: Here) -> dict[str, Any]:
     settings = here.settings
     return {
         "body_bytes": settings.body_limit,
+        "upload_bytes": settings.upload_limit,
+        "matrix_side": settings.side_limit,
+        "matrix_entries": settings.entry_limit,
+        "npz_members": settings.member_limit,
+        "npz_inflated_bytes": settings.inflated_limit,
+        "checkpoint_tensors": settings.tensor_limit,
+        "torch_files": settings.torch_files,
         "queued_jobs": settings.queue_limit,
         "job_seconds": settings.job_limit_s,
         "devices": settings.device_names,

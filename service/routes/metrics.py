@@ -10,8 +10,8 @@ from service.context import OWNER, Here
 from service.http import choose_format, unchanged
 from service.lowrank import decay, describe
 from service.lowrank.ranks import Array
-from service.representations import MEDIA_TYPES
-from service.routes.spectrum import FIELD_COUNT, EpochQuery, check_size, chosen_layers
+from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
+from service.routes.spectrum import EpochQuery, chosen_layers
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])

@@ -11,18 +11,16 @@ from sqlalchemy.orm import Session
 
 from service import files, representations, store, views
 from service.context import OWNER, Context, Here
-from service.errors import BadRequestValue, BudgetExceeded, SpectrumNotReady
+from service.errors import BadRequestValue, SpectrumNotReady
 from service.http import choose_format, unchanged
 from service.lowrank import describe, normalized
 from service.lowrank.ranks import Array
 from service.pictures import Chart, Size, Spectrum
-from service.representations import MEDIA_TYPES
+from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.store import EpochRange, JobRow
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
-ANSWER_LIMIT = 2 * 10**6
-FIELD_COUNT = 17  # ranks and norms that `describe` gives for every spectrum
 WIDEST = 4096
 TEXT = {"json", "jsonl", "csv"}
 PICTURES = {"png", "svg", "gif"}
@@ -147,13 +145,6 @@ def _shown(epochs: list[int], query: SpectrumQuery, form: str) -> list[int]:
         places = np.linspace(0, len(epochs) - 1, query.frames).round().astype(int)
         return [epochs[place] for place in places]
     return epochs
-
-
-def check_size(values: int) -> None:
-    """Raise BudgetExceeded for a text that nobody wants to parse."""
-    if values > ANSWER_LIMIT:
-        advice = "use stride, from, to or one layer; for spectra top_k or format=npy"
-        raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, advice)
 
 
 def _numbers(recording: Recording, query: SpectrumQuery, form: str, last: int | None) -> bytes:

@@ -20,7 +20,10 @@ def now() -> int:
 
 
 def create_job(session: Session, job: dict[str, Any], queue_limit: int) -> JobRow:
-    """Queue a job; `job` holds kind, owner, name, tags, spec, priority and total. Raises QueueFull."""
+    """Queue a job; `job` holds kind, owner, name, tags, spec, priority and total, and perhaps upload and parent.
+
+    Raises QueueFull.
+    """
     waiting = session.scalar(select(func.count()).where(JobRow.status == "queued"))
     if waiting is not None and waiting >= queue_limit:
         raise QueueFull(f"{waiting} jobs wait, the limit is {queue_limit}; try again when some have run")
@@ -109,8 +112,20 @@ def cancel_job(session: Session, job_id: str) -> JobRow:
     return session.get_one(JobRow, job_id, populate_existing=True)
 
 
-def delete_job(session: Session, job_id: str) -> None:
-    """Remove the job and all it recorded. Raises InvalidState while it runs."""
-    idle = JobRow.status.in_([*TERMINAL, "queued"])
-    if session.scalar(delete(JobRow).where(JobRow.id == job_id, idle).returning(JobRow.id)) is None:
-        raise InvalidState(f"{job_id} is running; cancel it first")
+def children(session: Session, job_id: str) -> list[JobRow]:
+    """The jobs that were made of this one, oldest first."""
+    query = select(JobRow).where(JobRow.parent == job_id).order_by(JobRow.created_at, JobRow.id)
+    return list(session.scalars(query))
+
+
+def delete_job(session: Session, job_id: str) -> list[str]:
+    """Remove the job, all it recorded and its children; the answer has the ids of all that went.
+
+    Raises InvalidState while one of them runs.
+    """
+    family = [job_id, *(child.id for child in children(session, job_id))]
+    for member in reversed(family):
+        idle = JobRow.status.in_([*TERMINAL, "queued"])
+        if session.scalar(delete(JobRow).where(JobRow.id == member, idle).returning(JobRow.id)) is None:
+            raise InvalidState(f"{member} is running; cancel it first")
+    return family

@@ -55,8 +55,8 @@ def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
             "job_id": token.job_id,
             "layer": layer,
             "epoch": epoch.epoch,
-            "weights": _to_blob(weights),
-            "updates": _to_blob(updates),
+            "weights": to_blob(weights),
+            "updates": to_blob(updates),
         }
         for epoch in epochs
         for layer, (weights, updates) in epoch.spectra.items()
@@ -71,7 +71,7 @@ def _losses(epoch: Epoch) -> dict[str, Any]:
 def add_cuts(session: Session, token: Token, cuts: dict[str, tuple[Array, Array]]) -> None:
     """Store validation loss and R² after cutting each layer to rank 1…k, arrays of shape (k,)."""
     rows = [
-        {"job_id": token.job_id, "layer": layer, "losses": _to_blob(losses), "r2": _to_blob(r2)}
+        {"job_id": token.job_id, "layer": layer, "losses": to_blob(losses), "r2": to_blob(r2)}
         for layer, (losses, r2) in cuts.items()
     ]
     session.execute(insert(CutRow), rows)
@@ -125,5 +125,6 @@ def _among(column: InstrumentedAttribute[int], epochs: Sequence[int]) -> list[Co
     return [column >= epochs[0], column <= epochs[-1]]
 
 
-def _to_blob(values: Array) -> bytes:
+def to_blob(values: Array) -> bytes:
+    """An array as it is stored: little-endian float64, C order."""
     return np.ascontiguousarray(values, FLOAT64).tobytes()

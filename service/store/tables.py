@@ -6,10 +6,11 @@ Arrays are BLOBs of little-endian float64, because a NaN in a REAL column comes 
 
 from typing import Any, Literal
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
+TensorStatus = Literal["pending", "analysed", "skipped"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
 
 
@@ -24,6 +25,8 @@ class JobRow(Base):
     __table_args__ = (
         Index("jobs_by_owner", "owner", "kind", "created_at", "id"),
         Index("jobs_in_line", "status", "priority", "created_at", "id"),
+        Index("jobs_by_upload", "upload"),
+        Index("jobs_by_parent", "parent"),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -46,6 +49,8 @@ class JobRow(Base):
     error: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
     environment: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     revision: Mapped[int] = mapped_column(Integer)
+    upload: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the file that an analysis is of
+    parent: Mapped[str | None] = mapped_column(String(36), ForeignKey("jobs.id"))
 
 
 def _job_key() -> Mapped[str]:
@@ -86,3 +91,33 @@ class CutRow(Base):
     layer: Mapped[str] = mapped_column(String(8), primary_key=True)
     losses: Mapped[bytes] = mapped_column(LargeBinary)
     r2: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class TensorRow(Base):
+    """One tensor of an uploaded file, in the file's order: singular values, largest first, or why there are none.
+
+    The singular values are `spectrum`·2^`exponent`: as they stand they might not be float64 numbers.
+    """
+
+    __tablename__ = "tensors"
+
+    job_id: Mapped[str] = _job_key()
+    position: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    dtype: Mapped[str] = mapped_column(String(16))
+    shape: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
+    status: Mapped[TensorStatus] = mapped_column(String(8))
+    reason: Mapped[str | None] = mapped_column(String(32))
+    detail: Mapped[str | None] = mapped_column(Text)
+    notes: Mapped[list[str]] = mapped_column(JSON)
+    exponent: Mapped[int] = mapped_column(Integer)
+    spectrum: Mapped[bytes | None] = mapped_column(LargeBinary)
+
+
+class ManifestRow(Base):
+    """What a job of kind `factors` has written to its file."""
+
+    __tablename__ = "manifests"
+
+    job_id: Mapped[str] = _job_key()
+    manifest: Mapped[dict[str, Any]] = mapped_column(JSON)

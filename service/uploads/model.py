@@ -43,7 +43,8 @@ class Tensor:
     """One tensor of a file: to be analysed as a matrix of `matrix_shape`, or left out because of `refusal`.
 
     `name` is printable and unique in its file. `dtype` is the name that numpy or torch gives it ("float32",
-    "bfloat16", "int8", "float128"), whatever the byte order. What a refusal left unread is "" or None.
+    "bfloat16", "int8", "float128"), whatever the byte order. What a refusal left unread is "" or None. `strides`, in
+    entries, are given where the entries are neither in C nor in Fortran order: a view into a shared storage.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Tensor:
     place: Place | None = None
     big_endian: bool = False
     fortran: bool = False
+    strides: tuple[int, ...] | None = None
     refusal: UploadError | None = None
 
     @property
@@ -59,6 +61,14 @@ class Tensor:
         """(first axis, product of all others): how a convolution's kernel is read as a matrix."""
         assert self.shape is not None  # noqa: S101 - a tensor that is analysed has a shape
         return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def work(self) -> int:
+        """What the decomposition costs, in units of ten million multiplications, at least 1; 0 where there is none."""
+        if self.refusal is not None:
+            return 0
+        m, n = self.matrix_shape
+        return max(m * n * min(m, n) // 10**7, 1)
 
 
 @dataclass(frozen=True)

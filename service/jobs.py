@@ -1,0 +1,100 @@
+"""What the routes of every kind of job do alike: answer with an ETag, cancel, delete, wait, look for room."""
+
+import asyncio
+import re
+import time
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from service import files, store
+from service.context import OWNER, Context
+from service.errors import StorageFull
+from service.http import etag, matches
+from service.representations import to_json
+from service.store import TERMINAL, JobRow
+
+WAIT_S, LONGEST_WAIT_S = 10, 30
+FIRST_LOOK_S, SLOWEST_LOOK_S = 0.02, 0.1
+
+
+def tag(row: JobRow, *parts: object) -> str:
+    """The entity tag of a job's own representation; `parts` are what it depends on besides the row."""
+    return etag(row.id, row.revision, *parts)
+
+
+def unchanged(request: Request, row: JobRow, *parts: object) -> Response | None:
+    """304 where the client already has this representation."""
+    current = tag(row, *parts)
+    if matches(request.headers.get("if-none-match"), current):
+        return Response(status_code=304, headers={"etag": current, "cache-control": "private, no-cache"})
+    return None
+
+
+def answer(
+    row: JobRow,
+    body: dict[str, Any],
+    *parts: object,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """A job as JSON, with its ETag, and Retry-After while it is not over."""
+    waiting = {} if row.status in TERMINAL else {"retry-after": "1"}
+    head = {"etag": tag(row, *parts), "cache-control": "private, no-cache", **waiting, **(headers or {})}
+    return Response(to_json(body), status, head, "application/json")
+
+
+def cancel(here: Context, kind: str, job_id: str) -> JobRow:
+    """Ask a job to stop; one that is over stays as it is. Raises NotFound."""
+    with here.database.write.begin() as session:
+        store.get_job(session, kind, OWNER, job_id)
+        return store.cancel_job(session, job_id)
+
+
+def cancel_status(row: JobRow) -> int:
+    """202 while the job is still stopping."""
+    return 202 if row.status == "canceling" else 200
+
+
+def remove(here: Context, kind: str, job_id: str) -> Response:
+    """Delete a job that does not run, all it recorded and all that was made of it. Raises NotFound, InvalidState."""
+    with here.database.write.begin() as session:
+        store.get_job(session, kind, OWNER, job_id)
+        gone = store.delete_job(session, job_id)
+    for member in gone:
+        files.remove_job(here.settings.data, member)
+    return Response(status_code=204)
+
+
+def check_disk(here: Context, coming: int = 0) -> None:
+    """Raise StorageFull where `coming` bytes more would leave less than the reserve."""
+    free, reserve = files.free_bytes(here.settings.data) - coming, here.settings.free_disk
+    if free < reserve:
+        raise StorageFull(f"{max(free, 0)} bytes of disk would be free, {reserve} are kept in reserve; delete old jobs")
+
+
+def preference(request: Request) -> tuple[float, str]:
+    """Seconds that the client wants to wait for a result (RFC 7240), and what to say of it in Preference-Applied."""
+    wanted = ",".join(request.headers.getlist("prefer")).lower()
+    if found := re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", wanted):
+        seconds = min(int(found[1]), LONGEST_WAIT_S)
+        return seconds, f"wait={seconds}"
+    if re.search(r"(?:^|[,;\s])respond-async\s*(?:$|[,;])", wanted):
+        return 0, "respond-async"
+    return WAIT_S, ""
+
+
+async def wait(here: Context, request: Request, row: JobRow, seconds: float) -> JobRow:
+    """The job once it is over, or as it is when the time is up or the client has gone."""
+    deadline, pause = time.monotonic() + seconds, FIRST_LOOK_S
+    while row.status not in TERMINAL and time.monotonic() < deadline and not await request.is_disconnected():
+        await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+        pause = min(1.2 * pause, SLOWEST_LOOK_S)
+        row = await run_in_threadpool(_look, here, row)
+    return row
+
+
+def _look(here: Context, row: JobRow) -> JobRow:
+    with here.database.read.begin() as session:
+        return store.get_job(session, row.kind, row.owner, row.id)

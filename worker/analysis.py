@@ -1,0 +1,80 @@
+"""What a job of kind `analysis` does: find the singular values of every matrix in an uploaded file, largest first."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from service import store
+from service.errors import JobFailed, NoConvergence
+from service.lowrank.ranks import Array
+from service.settings import Settings
+from service.store import Found
+from service.uploads import Tensor
+from worker.decompose import spectra
+from worker.devices import choose_device, environment
+from worker.reading import Matrix
+from worker.recorder import Recorder
+from worker.source import Source
+
+BATCH = 1 << 22  # Entries decomposed at once, unless one matrix alone has more.
+
+
+def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
+    """Analyse what no earlier attempt has.
+
+    Raises Canceled, LostJob, and where the only matrix of the file cannot be analysed the reason for it.
+    """
+    device = choose_device("auto", settings.device_names)
+    recorder.start(environment(device), store.adopt_twin if spec["reuse"] else None)
+    source = Source.of(settings, recorder.token.job_id, spec)
+    recorder.write(lambda session, token: store.list_tensors(session, token, source.tensors))
+    left = recorder.read(lambda session: store.pending(session, recorder.token.job_id))
+    works = {position: tensor.work for position, tensor in enumerate(source.tensors)}
+    done = sum(work for position, work in works.items() if position not in left)
+    for batch in _batches(source.tensors, left):
+        for found in _analyse(source, batch, device):
+            if source.n_matrices == 1 and found.refusal is not None:
+                raise found.refusal
+            done += works[found.position]
+            recorder.add(found, done)
+    recorder.end("succeeded")
+
+
+def _batches(tensors: Sequence[Tensor], left: Collection[int]) -> Iterator[list[int]]:
+    """Positions, most work first; small matrices of one shape and dtype together."""
+    batch: list[int] = []
+    kind: tuple[object, ...] = ()
+    for position in sorted(left, key=lambda at: (-tensors[at].work, tensors[at].matrix_shape, tensors[at].dtype, at)):
+        shape, dtype = tensors[position].matrix_shape, tensors[position].dtype
+        if batch and ((shape, dtype) != kind or (len(batch) + 1) * math.prod(shape) > BATCH):
+            yield batch
+            batch = []
+        batch, kind = [*batch, position], (shape, dtype)
+    if batch:
+        yield batch
+
+
+def _analyse(source: Source, batch: Sequence[int], device: str) -> Iterator[Found]:
+    """What there is to say of each: one that cannot be read or decomposed does the others no harm."""
+    matrices: dict[int, Matrix] = {}
+    for position in batch:
+        try:
+            matrices[position] = source.matrix(position)
+        except JobFailed as error:
+            yield Found(position, refusal=error)
+    dtype = source.tensors[batch[0]].dtype
+    for position, spectrum in zip(matrices, _spectra(list(matrices.values()), dtype, device), strict=True):
+        matrix = matrices[position]
+        if isinstance(spectrum, NoConvergence):
+            yield Found(position, notes=matrix.notes, refusal=spectrum)
+        else:
+            yield Found(position, spectrum, matrix.exponent, matrix.notes)
+
+
+def _spectra(matrices: Sequence[Matrix], dtype: str, device: str) -> list[Array | NoConvergence]:
+    try:
+        return list(spectra([matrix.values.to(device) for matrix in matrices], dtype))
+    except NoConvergence as error:
+        if len(matrices) == 1:
+            return [error]
+    return [_spectra([matrix], dtype, device)[0] for matrix in matrices]

@@ -1,0 +1,144 @@
+"""The tensors of a PyTorch checkpoint: unpickled by `weights_only`, without their data, under the kernel's limits."""
+
+import contextlib
+import math
+import pickle
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from service.errors import (
+    ArchiveTooLarge,
+    ArrayTooLarge,
+    MalformedArchive,
+    UnsafeCheckpoint,
+    UnsupportedDtype,
+    UploadError,
+)
+from service.lowrank.compression import item_bytes
+from service.lowrank.ranks import MANTISSA_BITS
+from service.uploads import Limits, Place, Tensor
+from service.uploads.checkpoint import storages
+from service.uploads.checks import label, require_matrix, shape_refusal
+
+MEMORY = 2 << 30  # Bytes of address space that the unpickling may add: its file is at most 32 MiB.
+CPU_S = 60  # Past it the kernel ends the process: a tuple of tuples of … takes for ever to hash.
+DEEPEST = 16
+FLOATS = {"float64", "float32", *MANTISSA_BITS}
+
+
+def read_checkpoint(path: Path, limits: Limits) -> tuple[Tensor, ...]:
+    """The tensors of a state dict, nested ones by dotted names, and where their entries are. Raises UploadError."""
+    with path.open("rb") as file:
+        stored = storages(file, path.stat().st_size, limits)
+    with _restrained():
+        found = _named(_load(path), limits)
+        tensors = tuple(_checked(name, value, stored, limits) for name, value in found.items())
+    require_matrix(tensors)
+    return tensors
+
+
+@contextlib.contextmanager
+def _restrained() -> Iterator[None]:
+    """Bounds on address space and CPU time until the end of the block."""
+    own = psutil.Process()
+    bounds = {
+        resource.RLIMIT_AS: own.memory_info().vms + MEMORY,
+        resource.RLIMIT_CPU: math.ceil(sum(own.cpu_times()[:2])) + CPU_S,
+    }
+    before = {kind: resource.getrlimit(kind) for kind in bounds}
+    for kind, bound in bounds.items():
+        hard = before[kind][1]
+        resource.setrlimit(kind, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
+    try:
+        yield
+    finally:
+        for kind, limit in before.items():
+            resource.setrlimit(kind, limit)
+
+
+def _load(path: Path) -> Any:
+    """The unpickled object, its tensors without storage: `meta` leaves the data where it is."""
+    try:
+        return torch.load(path, map_location="meta", weights_only=True)
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError:
+        raise UnsafeCheckpoint("it holds more than tensors, numbers, text and plain containers of them") from None
+    except Exception as error:
+        # What torch raises on damaged pickles is any of KeyError, EOFError, ValueError, RuntimeError and others.
+        raise MalformedArchive(f"torch cannot read it: {type(error).__name__}") from None
+
+
+def _named(loaded: Any, limits: Limits) -> dict[str, torch.Tensor]:
+    """Dotted name → tensor, in the file's order. Raises ArchiveTooLarge for too many, or too deep or wide a nest."""
+    found: dict[str, torch.Tensor] = {}
+    left = 100 * limits.tensors
+
+    def walk(value: Any, names: tuple[str, ...]) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0 or len(names) > DEEPEST or len(found) > limits.tensors:
+            raise ArchiveTooLarge(f"it holds more than {limits.tensors} tensors, or nests deeper than {DEEPEST}")
+        if isinstance(value, torch.Tensor):
+            found[label(".".join(names)) or "array"] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, (*names, str(key)))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(item, (*names, str(index)))
+
+    walk(loaded, ())
+    return found
+
+
+def _checked(name: str, value: torch.Tensor, stored: dict[int, int], limits: Limits) -> Tensor:
+    """The tensor as the format checks would describe it; refused where it is not the plain matrix that it may be."""
+    dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    tensor = Tensor(name, dtype, shape)
+    try:
+        _check_kind(value, dtype)
+        if (refusal := shape_refusal(shape, limits)) is not None and len(shape) > 1:
+            raise refusal
+        return Tensor(name, dtype, shape, **_layout(value, dtype, stored), refusal=refusal)
+    except UploadError as error:
+        return Tensor(tensor.name, tensor.dtype, tensor.shape, refusal=error)
+
+
+def _check_kind(value: torch.Tensor, dtype: str) -> None:
+    if value.layout != torch.strided or value.is_quantized:
+        raise UnsupportedDtype("only dense tensors are analysed, no sparse or quantized ones")
+    if dtype not in FLOATS:
+        is_integer = not dtype.startswith("complex")
+        raise UnsupportedDtype(
+            "integers: an index or a buffer, no weight" if is_integer else f"{dtype} is no real type"
+        )
+
+
+def _layout(value: torch.Tensor, dtype: str, stored: dict[int, int]) -> dict[str, Any]:
+    """Where the entries lie and in which order; all of them inside the storage, and that inside the file.
+
+    A stride of 0 makes of a few bytes a matrix of any size: there may be no more entries than the storage holds.
+    """
+    size, storage = item_bytes(dtype), value.untyped_storage()
+    if value.numel() * size > storage.nbytes():
+        raise ArrayTooLarge(f"its {value.numel()} entries are a view of only {storage.nbytes()} bytes")
+    start = getattr(storage, "_checkpoint_offset", None)
+    if start is None or stored.get(start, -1) < storage.nbytes():
+        raise MalformedArchive("its storage is not in the file")
+    strides, offset = value.stride(), int(value.storage_offset())
+    last = offset + sum((side - 1) * stride for side, stride in zip(value.shape, strides, strict=True))
+    if min(strides, default=0) < 0 or offset < 0 or (last + 1) * size > storage.nbytes():
+        raise MalformedArchive("it reaches beyond its storage")
+    place = Place(start + offset * size, (last + 1 - offset) * size)
+    reversed_axes = value.permute(*reversed(range(value.dim())))
+    if value.is_contiguous():
+        return {"place": place}
+    if reversed_axes.is_contiguous():
+        return {"place": place, "fortran": True}
+    return {"place": place, "strides": tuple(strides)}
