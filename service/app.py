@@ -12,11 +12,11 @@ from service import problems, store
 from service.context import Context
 from service.drawing import Drawing
 from service.edge import Edge
-from service.routes import analyses, compression, experiments, meta, metrics, spectrum, weights
+from service.routes import analyses, analysis_views, compression, experiments, meta, metrics, spectrum, weights
 from service.schemas import ExperimentSpec
 from service.settings import Settings
 
-ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, meta)
+ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, meta)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -1,4 +1,4 @@
-"""The command `rankscope`. Exit codes: 0 ok, 1 failed, 2 usage, 5 database unusable."""
+"""The command `rankscope`. Exit codes: 0 ok, 1 failed, 2 usage, 3 no server, 4 refused, 5 database unusable."""
 
 import importlib.util
 import ipaddress
@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from service.errors import DatabaseUnusable
-from service.settings import Settings
+from service.settings import Settings, environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 USAGE, UNUSABLE = 2, 5
@@ -84,8 +84,6 @@ def work(data: Data = None) -> None:
     _check_worker_extra()
     settings = _settings(data)
     _prepare(settings)
-    from service.serving import environment  # noqa: PLC0415
-
     # The worker takes our place: signals and exit code are its own.
     os.execve(sys.executable, [sys.executable, "-m", "worker"], {**os.environ, **environment(settings)})  # noqa: S606
 
@@ -100,6 +98,27 @@ def demo(
     from service.demo import run  # noqa: PLC0415
 
     raise typer.Exit(run(_settings(data), out))
+
+
+@app.command()
+def analyze(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, readable=True, help=".npy .npz .safetensors .pt")
+    ],
+    rule: Annotated[str, typer.Option(help="rank, energy, error, budget, entropy_rank, optimal, spikes, …")] = "energy",
+    rank: Annotated[int | None, typer.Option(help="for --rule rank")] = None,
+    threshold: Annotated[float | None, typer.Option(help="for --rule energy (0.99) and error (0.1)")] = None,
+    fraction: Annotated[float | None, typer.Option(help="for --rule budget and global_budget (0.5)")] = None,
+    server: Annotated[str | None, typer.Option(help="URL of a server; without one, a worker on this machine")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the reports as JSON")] = False,
+) -> None:
+    """Tell which layers of a weight file to factor, to what rank, at what error."""
+    if server is None:
+        _check_worker_extra()
+    from service.analyze import run  # noqa: PLC0415
+
+    given = {"rule": rule, "rank": rank, "threshold": threshold, "fraction": fraction}
+    raise typer.Exit(run(_settings(None), file, given, server, as_json=as_json))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`rankscope demo`: the memo's experiment over HTTP, from an empty folder to Figure 1."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from service.settings import Settings
+from service.settings import Settings, environment
 
 INTERRUPTED = 130
 START_S = 60.0
@@ -48,11 +49,16 @@ def running_server(settings: Settings, out: Path) -> Iterator[str]:
     out.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service.cli", "serve", "--tied", f"--port={port}", f"--data={settings.data}"]
+    command = [sys.executable, "-m", "service.cli", "serve", "--tied", f"--port={port}"]
     with (out / "server.log").open("wb") as log:
         # A session of its own: Ctrl-C is for us, and we tell the server.
         process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **environment(settings)},
         )
     try:
         yield f"http://127.0.0.1:{port}"

@@ -20,6 +20,7 @@ from service.http import check_encoding
 
 BUFFER = 1 << 20  # Bytes in memory at a time.
 OVERHEAD = 64 << 10  # Bytes that a multipart body may have around its file.
+HEADER = 16 << 10  # Bytes of one header of its part: long filenames are no fault.
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
 
 
@@ -118,6 +119,7 @@ async def _only_part(request: Request, content_type: str) -> AsyncIterator[bytes
         parser = MultipartParser(
             found[1] or found[2],
             {"on_part_begin": part.on_part_begin, "on_part_data": part.on_part_data, "on_end": part.on_end},
+            max_header_size=HEADER,
         )
         async for chunk in request.stream():
             parser.write(chunk)

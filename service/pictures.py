@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from service.lowrank.ranks import Array
+
+HEAT_COLUMNS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,72 @@ class Chart:
     shape: tuple[int, ...]
     of: Literal["weights", "update"] = "weights"
     scale: Literal["linear", "log"] = "linear"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """One layer's s*_j, (k,), largest first, finite and at least 0, with a line at each number that is not None.
+
+    `title` and `layer` are a user's plain text; `noise_edge` is divided by Σσ as the values are; `chosen_by` says in
+    a word or two what chose `rank`, as "energy 0.99"; the rest is for the table.
+    """
+
+    title: str
+    layer: str
+    shape: tuple[int, ...]
+    values: Array
+    noise_edge: float | None = None
+    rank: int | None = None
+    chosen_by: str = ""
+    break_even_rank: int | None = None
+    stable_rank: float | None = None
+    entropy_rank: float | None = None
+    energy_kept: float | None = None
+    relative_frobenius_error: float | None = None
+    kept_fraction: float | None = None
+    verdict: str | None = None
+    scale: Literal["linear", "log"] = "linear"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpectra:
+    """A `profile` for each layer, (n_layers, HEAT_COLUMNS), in the file's order; title and names are plain text."""
+
+    title: str
+    names: tuple[str, ...]
+    profiles: Array
+
+
+def profile(s: Array) -> Array:
+    """σ_j/σ₁ at evenly spaced shares j/k of a spectrum (k,), largest first: (HEAT_COLUMNS,), from σ₁ to σ_k.
+
+    Every j gets the same width where k allows it. NaN for the zero matrix, which has no such ratio.
+    """
+    shares = np.linspace(0, 1, HEAT_COLUMNS)
+    places = np.minimum((shares * len(s)).astype(np.intp), len(s) - 1)
+    return s[places] / s[0] if s[0] > 0 else np.full(HEAT_COLUMNS, np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetCurve:
+    """Errors of a whole model over the kept fraction of its parameters, and the numbers at the fraction asked for.
+
+    `fractions` is (p,), rising, over 0 and at most 1; `global_errors`, `uniform_errors` and `bounds` are (p,), at least
+    0, NaN where no plan fits. `measure` says what the errors are; `title` is a user's plain text.
+    """
+
+    title: str
+    n_layers: int
+    n_parameters: int
+    fractions: Array
+    global_errors: Array
+    uniform_errors: Array
+    bounds: Array | None = None
+    fraction: float | None = None
+    global_error: float | None = None
+    uniform_error: float | None = None
+    bound: float | None = None
+    measure: str = "relative Frobenius error"
 
 
 @dataclass(frozen=True)

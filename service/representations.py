@@ -2,11 +2,13 @@
 
 import csv
 import io
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from service.errors import BudgetExceeded
 from service.lowrank.ranks import Array
@@ -31,6 +33,12 @@ def check_size(values: int) -> None:
     if values > ANSWER_LIMIT:
         advice = "use stride, from, to or one layer; for spectra top_k or format=npy"
         raise BudgetExceeded("values in the answer", values, ANSWER_LIMIT, advice)
+
+
+def rows_of(columns: Mapping[str, NDArray[Any]]) -> Rows:
+    """A table given by columns, as rows; NaN becomes null when they are written."""
+    listed = [column.tolist() for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*listed, strict=True)]
 
 
 def to_json(document: object) -> bytes:
@@ -58,11 +66,26 @@ def spectrum_csv(epochs: list[int], columns: Mapping[str, Mapping[str, Array]]) 
     return buffer.getvalue().encode()
 
 
+def tensors_csv(columns: Mapping[str, Mapping[str, Array]]) -> bytes:
+    """layer,index,value and one column more if there are normalized values; index counts from 1.
+
+    `columns` is name of the column → layer → values of shape (k,).
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["layer", "index", *columns])
+    for layer, values in columns["value"].items():
+        numbers = [column[layer].tolist() for column in columns.values()]
+        writer.writerows([layer, j + 1, *(n[j] for n in numbers)] for j in range(len(values)))
+    return buffer.getvalue().encode()
+
+
 def table_csv(rows: Rows) -> bytes:
-    """Rows that share their keys as CSV with a header; null is an empty cell."""
+    """Rows as CSV with a header of all their keys; what a row lacks is an empty cell, like null."""
     buffer = io.StringIO()
     if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(buffer, keys, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return buffer.getvalue().encode()
@@ -75,8 +98,15 @@ def to_npy(values: Array) -> bytes:
     return buffer.getvalue()
 
 
-def to_npz(arrays: Mapping[str, Array | np.ndarray[Any, Any]]) -> bytes:
-    """Named arrays in one zip; numpy dates its members 1980, so equal arrays give equal bytes."""
+def to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Named arrays in one zip; its members are dated 1980, so equal arrays give equal bytes.
+
+    Not `np.savez`, which takes the names as keywords: no array of its could be called `file`.
+    """
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, values in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asarray(values))
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
     return buffer.getvalue()

@@ -9,8 +9,14 @@ from service.lowrank import compression
 from service.lowrank.compression import Rule
 from service.lowrank.ranks import Array, Shape
 
-RuleName = compression.RuleName | Literal["all"]
-PARAMETERS: dict[str, str] = {"rank": "rank", "energy": "threshold", "error": "threshold", "budget": "fraction"}
+RuleName = Literal[compression.RuleName, "all"]  # not a union: a refusal would name its members
+PARAMETERS: dict[str, str] = {
+    "rank": "rank",
+    "energy": "threshold",
+    "error": "threshold",
+    "budget": "fraction",
+    "global_budget": "fraction",
+}
 DEFAULTS: dict[str, Rule] = {
     "energy": Rule("energy", threshold=0.99),
     "error": Rule("error", threshold=0.1),
@@ -21,34 +27,45 @@ DEFAULTS: dict[str, Rule] = {
 }
 
 
-class RuleQuery(BaseModel):
-    """A rule and the parameter that it takes."""
+class RuleParameters(BaseModel):
+    """The parameters of all rules; each rule takes one at most."""
 
     model_config = ConfigDict(extra="forbid")
 
-    rule: RuleName = "energy"
     rank: int | None = Field(None, ge=1, le=65_536, description="for rule=rank")
     threshold: float | None = Field(None, ge=0, le=1, description="for rule=energy (0.99) and error (0.1)")
-    fraction: float | None = Field(None, gt=0, le=1, description="for rule=budget (0.5): of the parameters kept")
+    fraction: float | None = Field(None, gt=0, le=1, description="for the budgets (0.5): of the parameters kept")
 
 
-def rules_of(query: RuleQuery) -> list[Rule]:
-    """The rule asked for with its parameter. Raises BadRequestValue for a parameter of another rule."""
-    wanted = PARAMETERS.get(query.rule)
+class RuleQuery(RuleParameters):
+    """A rule and the parameter that it takes."""
+
+    rule: RuleName = "energy"
+
+
+def check_parameters(rule: str, given: RuleParameters) -> None:
+    """Raise BadRequestValue for a parameter of another rule, and for one that is missing."""
+    wanted = PARAMETERS.get(rule)
     for name in ("rank", "threshold", "fraction"):
-        if name != wanted and (value := getattr(query, name)) is not None:
-            raise BadRequestValue(name, value, f"does not belong to rule={query.rule}")
-    if query.rule == "all":
+        if name != wanted and (value := getattr(given, name)) is not None:
+            raise BadRequestValue(name, value, f"does not belong to rule={rule}")
+    if rule == "rank" and given.rank is None:
+        raise BadRequestValue("rank", None, "must be given for rule=rank")
+
+
+def rules_of(rule: RuleName, given: RuleParameters) -> list[Rule]:
+    """The rule asked for with its parameter, or all at their defaults. Raises BadRequestValue."""
+    check_parameters(rule, given)
+    if rule == "all":
         return list(DEFAULTS.values())
-    if wanted is None or (value := getattr(query, wanted)) is None:
-        if query.rule == "rank":
-            raise BadRequestValue("rank", None, "must be given for rule=rank")
-        return [DEFAULTS[query.rule]]
-    return [Rule(query.rule, **{wanted: value})]
+    name = PARAMETERS.get(rule)
+    if name is None or (value := getattr(given, name)) is None:
+        return [DEFAULTS[rule]]
+    return [Rule(rule, **{name: value})]
 
 
 def report_or_reason(s: Array, shape: Shape, dtype: str, rule: Rule) -> dict[str, Any]:
-    """A rule's report; nobody asked for its default parameter, so one that does not suit the layer is no error."""
+    """A rule's report, or why its parameter does not suit this one of several layers or rules: that is no error."""
     try:
         return compression.report(s, shape, dtype, rule)
     except BadRequestValue as error:

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.settings import Settings
+from service.settings import Settings, environment
 
 RESTART_S = 1.0
 EXIT_S = 10.0
@@ -58,12 +58,6 @@ class Workers:
             thread.join(EXIT_S)
         for process in self._processes.values():
             process.kill()
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """The settings as the environment variables that give them to a subprocess."""
-    set_ones = settings.model_dump(exclude_none=True)
-    return {f"RANKSCOPE_{name.upper()}": str(value) for name, value in set_ones.items()}
 
 
 class Server(uvicorn.Server):

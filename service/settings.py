@@ -91,3 +91,9 @@ class Settings(BaseSettings):
     def host_names(self) -> frozenset[str]:
         """Lower-case host names without port."""
         return frozenset(name.strip().lower() for name in self.hosts.split(","))
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The settings as the environment variables that give them to a subprocess."""
+    set_ones = settings.model_dump(exclude_none=True)
+    return {f"RANKSCOPE_{name.upper()}": str(value) for name, value in set_ones.items()}

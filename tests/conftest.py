@@ -47,6 +47,14 @@ class Server:
         assert answer.status_code == 202, answer.text
         return answer.json()
 
+    def analyze(self, content: bytes, **query: Any) -> dict[str, Any]:
+        """Post a file whose analysis succeeds; the answer is its report."""
+        answer = self.client.post("/analyze", content=content, params=query, headers={"prefer": "wait=30"})
+        assert answer.status_code == 200, answer.text
+        state: dict[str, Any] = answer.json()
+        assert state["status"] == "succeeded", state["error"]
+        return state
+
     def read(self, experiment_id: str) -> dict[str, Any]:
         """The experiment's state now."""
         answer = self.client.get(f"/experiments/{experiment_id}")
@@ -134,6 +142,16 @@ def stop_server(server: Server) -> int:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with one worker for all tests that only use it as a client does."""
     running = start_server(tmp_path_factory.mktemp("server") / "data")
+    yield running
+    assert stop_server(running) == 0, running.log.read_text()
+    assert "Traceback" not in running.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that takes PyTorch checkpoints, with one worker."""
+    folder = tmp_path_factory.mktemp("torch")
+    running = start_server(folder / "data", RANKSCOPE_TORCH_FILES="true")
     yield running
     assert stop_server(running) == 0, running.log.read_text()
     assert "Traceback" not in running.log.read_text()

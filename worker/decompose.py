@@ -18,6 +18,8 @@ from service.lowrank.ranks import MANTISSA_BITS, Array
 from worker.networks import Tensor, as_numpy, namespace_of
 
 NARROW = frozenset({"float32", *MANTISSA_BITS})
+# Just above it the Gram matrix was wrong by 1.5e-10·σ₁ at most in 39 000 matrices of 1 to 300 a side, worst where half
+# of the σ lie there, and by 2.6e-10·σ₁ at 3072 a side; just above 1e-6 it would be 1.8e-9·σ₁.
 GRAM_LIMIT = 1e-5
 AT_ONCE = 2**18  # Values decomposed together; beyond it a batch only costs memory.
 FAILED = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -142,7 +144,7 @@ def _gram(batch: Tensor) -> Tensor:
 def _roots(gram: Tensor) -> Array:
     """(N, k, k) → (N, k): square roots of the eigenvalues."""
     squares = as_numpy(namespace_of(gram).linalg.eigvalsh(gram))[:, ::-1]
-    return np.sqrt(squares.clip(0))
+    return np.asarray(np.sqrt(squares.clip(0)))
 
 
 def _in_full(batch: Tensor) -> Array:

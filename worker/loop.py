@@ -95,9 +95,13 @@ class Supervisor:
         for token, job in list(self.running.items()):
             if job.process.exitcode is None:
                 continue
-            reason = f"its process ended with exit code {job.process.exitcode}"
-            with self.database.write.begin() as session:
-                store.record_crash(session, token, reason, self.settings.max_attempts)
+            if job.process.exitcode == -signal.SIGXCPU:
+                # A limit that the job had set itself: it would pass it again.
+                self._time_out(token, "it used more CPU time than reading its file may take")
+            else:
+                reason = f"its process ended with exit code {job.process.exitcode}"
+                with self.database.write.begin() as session:
+                    store.record_crash(session, token, reason, self.settings.max_attempts)
             self._forget(token)
 
     def _forget(self, token: Token) -> None:
@@ -119,17 +123,16 @@ class Supervisor:
             elif held[token][1] == "canceling":
                 job.cancel_seen = job.cancel_seen or now
             elif now - job.started > self.settings.job_limit_s:
-                self._time_out(token)
+                self._time_out(token, f"it ran longer than {self.settings.job_limit_s:g} s")
+                job.process.kill()
             if job.cancel_seen is not None and now - job.cancel_seen > CANCEL_GRACE_S:
                 job.process.kill()
 
-    def _time_out(self, token: Token) -> None:
-        detail = f"it ran longer than {self.settings.job_limit_s:g} s"
+    def _time_out(self, token: Token, detail: str) -> None:
         error = {"type": "timed-out", "title": "The job took too long", "detail": detail}
         # It may have ended in this very moment.
         with contextlib.suppress(LostJob), self.database.write.begin() as session:
             store.end(session, token, "failed", error)
-        self.running[token].process.kill()
 
     def _beat(self) -> None:
         """Renew our leases and take note of those of others; one unchanged for too long is broken.

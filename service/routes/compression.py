@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
@@ -27,7 +28,7 @@ class CompressionQuery(RuleQuery):
 @router.get("/{experiment_id}/compression", dependencies=JSON_ONLY)
 def report(here: Here, request: Request, experiment_id: str, query: Annotated[CompressionQuery, Query()]) -> Response:
     """The report for one layer at the last recorded epoch: a rule's rank, and errors, loss and R² for every rank."""
-    rules = rules_of(query)
+    rules = rules_of(query.rule, query)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", OWNER, experiment_id)
         last = store.last_epoch(session, row.id)
@@ -60,7 +61,5 @@ def _one_layer(spec: ExperimentSpec, layer: str | None) -> list[str]:
 
 
 def _curve(s: Array, shape: tuple[int, int], cuts: tuple[Array, Array] | None) -> list[dict[str, Any]]:
-    columns = {name: values.tolist() for name, values in compression.curve(s, shape).items()}
-    losses, r2 = (values.tolist() for values in cuts) if cuts else ([None] * len(s), [None] * len(s))
-    columns |= {"validation_loss": losses, "validation_r2": r2}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    losses, r2 = cuts if cuts else (np.full(len(s), np.nan), np.full(len(s), np.nan))
+    return representations.rows_of({**compression.curve(s, shape), "validation_loss": losses, "validation_r2": r2})

@@ -195,7 +195,19 @@ def test_the_report_of_a_square_layer_cut_to_an_eighth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("float64", 8), ("float32", 4), ("float16", 2), ("float8_e5m2", 1), ("int8", 1), ("bool", 1)]
+    ("dtype", "size"),
+    [
+        ("float64", 8),
+        ("float32", 4),
+        ("float16", 2),
+        ("bfloat16", 2),
+        ("float8_e4m3fn", 1),
+        ("float8_e4m3fnuz", 1),
+        ("float8_e5m2", 1),
+        ("float8_e5m2fnuz", 1),
+        ("int8", 1),
+        ("bool", 1),
+    ],
 )
 def test_bytes_are_those_of_the_stored_dtype(dtype: str, size: int) -> None:
     fields = report(S, SHAPE, dtype, Rule("rank", rank=2))

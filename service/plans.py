@@ -1,0 +1,145 @@
+"""What a rule or one budget for the whole model makes of an analysis: a rank for every layer, and what that saves."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from service import reports
+from service.errors import BadRequestValue
+from service.lowrank import compression, rescaled, times_power
+from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, global_budget
+from service.lowrank.compression import Rule
+from service.representations import rows_of
+from service.rules import DEFAULTS, report_or_reason
+from service.store import TensorRow, spectrum_of
+
+FRACTIONS = 40  # points of the curve over all budgets
+
+
+def layer_report(row: TensorRow, rules: Sequence[Rule], *, every: bool) -> dict[str, Any]:
+    """The report for one layer with its curve over all ranks; `every` rule side by side or the one given.
+
+    Raises BadRequestValue for a parameter that does not suit the layer.
+    """
+    found = reports.table_of(row) if every else [reports.compression_of(row, rules[0])]
+    body = {"rule": "all", "rules": found} if every else found[0]
+    curve = rows_of(compression.curve(spectrum_of(row), reports.matrix_shape(row)))
+    return {**_head(row), **body, "curve": [rescaled(point, row.exponent) for point in curve]}
+
+
+def model_report(rows: Sequence[TensorRow], rules: Sequence[Rule], *, every: bool) -> dict[str, Any]:
+    """The reports for all layers, and their sums where one rule was asked for.
+
+    Raises BadRequestValue where the rule's parameter suits no layer.
+    """
+    found = reports.analysed(rows)
+    if every:
+        return {"rule": "all", "layers": [{**_head(row), "rules": reports.table_of(row)} for row in found]}
+    listed = {row.position: _report_or_reason(row, rules[0]) for row in found}
+    suited = [row for row in rows if row.position not in listed or listed[row.position]["rank"] is not None]
+    if found and not reports.analysed(suited):
+        reports.compression_of(found[0], rules[0])
+    return {
+        "rule": rules[0].name,
+        "layers": [{**_head(row), **listed[row.position]} for row in found],
+        "totals": reports.totals(suited, lambda row: listed[row.position]),
+    }
+
+
+def _report_or_reason(row: TensorRow, rule: Rule) -> dict[str, Any]:
+    report = report_or_reason(spectrum_of(row), reports.matrix_shape(row), row.dtype, rule)
+    return rescaled(report, row.exponent)
+
+
+def _head(row: TensorRow) -> dict[str, Any]:
+    return {"layer": row.name, "shape": reports.matrix_shape(row), "dtype": row.dtype}
+
+
+def layers_of(rows: Sequence[TensorRow]) -> tuple[list[Layer], int]:
+    """The analysed layers with σ/2^e, and the e that they have in common: the largest of theirs."""
+    found = reports.analysed(rows)
+    common = max((row.exponent for row in found if spectrum_of(row)[0] > 0), default=0)
+    layers = [
+        Layer(row.name, reports.matrix_shape(row), np.ldexp(spectrum_of(row), row.exponent - common)) for row in found
+    ]
+    return layers, common
+
+
+def budget_report(rows: Sequence[TensorRow], fraction: float, weighting: Weighting) -> dict[str, Any]:
+    """The plan of `global_budget`, the bound and the uniform plan beside it. Raises BadRequestValue."""
+    layers, common = layers_of(rows)
+    answer = global_budget(layers, fraction, weighting)
+    found = {row.name: row for row in reports.analysed(rows)}
+    planned = {name: _planned(row, answer.plan.ranks[name]) for name, row in found.items()}
+    power = 2 * common if weighting == "absolute" else 0
+    total = sum(math.prod(layer.shape) for layer in layers)
+    return {
+        "rule": "global_budget",
+        "fraction": fraction,
+        "weighting": weighting,
+        "chosen_by": _reason(answer, fraction),
+        "budget_parameters": math.floor(fraction * total),
+        "objective": times_power(answer.plan.objective, power),
+        "bound": times_power(answer.bound, power),
+        "uniform": {
+            "objective": times_power(answer.uniform.objective, power),
+            "parameters_after": answer.uniform.cost,
+            "relative_frobenius_error": _joint_error(rows, answer.uniform),
+        },
+        "layers": [
+            {**_head(row), **planned[name], "uniform_rank": answer.uniform.ranks[name]} for name, row in found.items()
+        ],
+        "totals": reports.totals(rows, lambda row: planned[row.name]),
+    }
+
+
+def _reason(answer: Allocation, fraction: float) -> str:
+    same = answer.plan == answer.uniform
+    how = "the same fraction for every layer is best" if same else "the energy lost is least over all layers together"
+    return f"{how}, within {fraction:g} of the parameters"
+
+
+def _planned(row: TensorRow, rank: int | None) -> dict[str, Any]:
+    """The report for a planned rank: None is dense, 0 the zero matrix, which every rule gives it."""
+    k = len(spectrum_of(row))
+    rule = DEFAULTS["energy"] if rank == 0 else Rule("rank", rank=k if rank is None else rank)
+    report = reports.compression_of(row, rule)
+    for name in ("rule", "threshold"):
+        report.pop(name, None)
+    return {**report, "chosen_by": "dense is worth its price" if rank is None else "the plan"}
+
+
+def _joint_error(rows: Sequence[TensorRow], plan: Plan) -> float | None:
+    error: float | None = reports.totals(rows, lambda row: _planned(row, plan.ranks[row.name]))[
+        "relative_frobenius_error"
+    ]
+    return error
+
+
+def budget_curve(rows: Sequence[TensorRow], weighting: Weighting) -> dict[str, list[float]]:
+    """Kept fraction and lost share of the weighted energy, by `global_budget` and by the uniform plan, over budgets."""
+    layers, _ = layers_of(rows)
+    total = sum(math.prod(layer.shape) for layer in layers)
+    everything = _weighted_energy(layers, weighting)
+    points: dict[str, list[float]] = {"fraction": [], "plan": [], "uniform": [], "bound": []}
+    for fraction in np.linspace(1 / FRACTIONS, 1, FRACTIONS).tolist():
+        try:
+            answer = global_budget(layers, fraction, weighting)
+        except BadRequestValue:
+            continue  # Too little for every layer.
+        points["fraction"].append(answer.plan.cost / total if total else fraction)
+        for name, lost in (
+            ("plan", answer.plan.objective),
+            ("uniform", answer.uniform.objective),
+            ("bound", answer.bound),
+        ):
+            points[name].append(math.sqrt(lost / everything) if everything else 0.0)
+    return points
+
+
+def _weighted_energy(layers: Sequence[Layer], weighting: Weighting) -> float:
+    if weighting == "relative":
+        return float(sum(layer.s[0] > 0 for layer in layers))
+    return math.fsum(float(np.square(layer.s).sum()) for layer in layers)

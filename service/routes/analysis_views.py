@@ -1,0 +1,196 @@
+"""Spectra and compression reports of an analysis: every one a function of the stored singular values."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, Field
+
+from service import files, plans, reports, representations, store, views
+from service.context import OWNER, Context, Here
+from service.errors import BadRequestValue, InvalidState, SpectrumNotReady
+from service.http import choose_format, unchanged
+from service.lowrank import normalized
+from service.lowrank.allocation import Weighting
+from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
+from service.routes.analyses import KIND
+from service.rules import RuleName, RuleParameters, check_parameters, rules_of
+from service.store import JobRow, TensorRow, spectrum_of
+
+router = APIRouter(prefix="/analyses", tags=["analyses"])
+SPECTRUM_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "jsonl", "csv", "npy", "npz", "png", "svg")}
+COMPRESSION_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "png", "svg")}
+PICTURES = {"png", "svg"}
+LAYER = Field(None, max_length=1000, description="a tensor's name, or all; all if left out, unless there is only one")
+Task = tuple[Any, ...]
+
+
+class PictureQuery(RuleParameters):
+    """Of which layer, in what form, and how a picture of it is drawn."""
+
+    layer: str | None = LAYER
+    format: str | None = Field(None, description="beats the Accept header")
+    width: int = Field(640, ge=160, le=2000, description="pixels")
+    height: int = Field(400, ge=120, le=2000, description="pixels")
+    dpi: int = Field(100, ge=50, le=200)
+
+
+class AnalysisSpectrumQuery(PictureQuery):
+    """What of the spectra; the rule's rank is marked in the picture of one layer."""
+
+    rule: RuleName = "energy"
+    top_k: int | None = Field(None, ge=1, le=65_536, description="only the largest singular values")
+    normalize: bool = Field(False, description="add s*_j, the singular values over their sum")
+    scale: Literal["log", "linear"] = "linear"
+
+
+class AnalysisCompressionQuery(PictureQuery):
+    """By which rule ranks are chosen, for one layer, for each, or for all with one budget."""
+
+    rule: Literal[RuleName, "global_budget"] = "energy"
+    weighting: Weighting = Field("relative", description="global_budget: lost energies over ‖W‖², or as they are")
+
+
+Build = Callable[[JobRow, list[TensorRow]], bytes | Task]
+
+
+async def _answer(
+    here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build
+) -> Response:
+    """The representation that `build` makes of what is stored: its bytes, or what is to be drawn."""
+    prepared = await run_in_threadpool(_prepare, here, request, analysis_id, form, build)
+    if isinstance(prepared, Response):
+        return prepared
+    headers, path, task = prepared
+    return Response(await here.drawing.draw(path, *task), headers=headers, media_type=MEDIA_TYPES[form[0]])
+
+
+def _prepare(here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build) -> Any:
+    name, query = form
+    with here.database.read.begin() as session:
+        row = store.get_job(session, KIND, OWNER, analysis_id)
+        headers = views.validators(row, row.revision, name, query.model_dump_json())
+        if unchanged(request, headers):
+            return Response(status_code=304, headers=headers)
+        rows = store.tensors(session, row.id)
+    path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)
+    if name in PICTURES and (cached := files.read_cached(path)) is not None:
+        return Response(cached, headers=headers, media_type=MEDIA_TYPES[name])
+    built = build(row, rows)
+    if isinstance(built, bytes):
+        return Response(built, headers=headers, media_type=MEDIA_TYPES[name])
+    return headers, path, built
+
+
+def _chosen(row: JobRow, rows: list[TensorRow], layer: str | None) -> list[TensorRow]:
+    """The analysed tensors that are asked for.
+
+    Raises BadRequestValue for one that has no spectrum, SpectrumNotReady and InvalidState where there is none at all.
+    """
+    found = reports.analysed(rows)
+    if not found:
+        if row.status in store.TERMINAL:
+            raise InvalidState(f"the analysis {row.status} and has no spectrum")
+        raise SpectrumNotReady(f"the analysis is {row.status}, and no tensor is analysed yet")
+    if layer in {None, "all"}:
+        return found
+    if not (named := [one for one in found if one.name == layer]):
+        standing = next((f"is {one.status}: {one.detail}" for one in rows if one.name == layer), "is not in the file")
+        raise BadRequestValue("layer", layer, f"{standing}; analysed are {', '.join(one.name for one in found[:20])}")
+    return named
+
+
+@router.get("/{analysis_id}/spectrum", responses={200: {"content": {kind: {} for kind in SPECTRUM_FORMATS.values()}}})
+async def spectrum(
+    here: Here, request: Request, analysis_id: str, query: Annotated[AnalysisSpectrumQuery, Query()]
+) -> Response:
+    """Singular values of one tensor or of all; a picture of one, or a heat map of the whole model."""
+    form = choose_format(query.format, request.headers.get("accept"), SPECTRUM_FORMATS)
+    check_parameters(query.rule, query)
+    if query.rule == "all":
+        raise BadRequestValue("rule", "all", "marks no single rank")
+
+    def build(row: JobRow, rows: list[TensorRow]) -> bytes | Task:
+        chosen = _chosen(row, rows, query.layer)
+        return _numbers(row, chosen, query, form)
+
+    return await _answer(here, request, analysis_id, (form, query), build)
+
+
+def _numbers(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery, form: str) -> bytes:
+    top = slice(query.top_k)
+    values = {one.name: reports.values_of(one)[top] for one in chosen}
+    scaled = {one.name: normalized(spectrum_of(one))[top] for one in chosen} if query.normalize else {}
+    if form not in {"npy", "npz"}:
+        check_size(sum((1 + query.normalize) * len(s) + (form != "csv") * FIELD_COUNT for s in values.values()))
+    match form:
+        case "npy":
+            if len(chosen) != 1:
+                raise BadRequestValue("layer", query.layer, "npy holds one layer; npz, json, jsonl and csv hold all")
+            return representations.to_npy(next(iter((scaled or values).values())))
+        case "npz":
+            extra = {f"{name}_normalized": s for name, s in scaled.items()}
+            return representations.to_npz({**values, **extra})
+        case "csv":
+            return representations.tensors_csv({"value": values, **({"normalized": scaled} if scaled else {})})
+    fields = reports.fields_of(chosen)
+    tensors = [
+        {
+            "name": one.name,
+            "shape": reports.matrix_shape(one),
+            "dtype": one.dtype,
+            "singular_values": values[one.name],
+            **({"normalized": scaled[one.name]} if scaled else {}),
+            **fields[one.position],
+        }
+        for one in chosen
+    ]
+    if form == "jsonl":
+        return representations.to_jsonl(tensors)
+    head = {"analysis_id": row.id, "status": row.status, "complete": row.status == "succeeded"}
+    return representations.to_json({**head, "tensors": tensors})
+
+
+@router.get(
+    "/{analysis_id}/compression", responses={200: {"content": {kind: {} for kind in COMPRESSION_FORMATS.values()}}}
+)
+async def compression(
+    here: Here, request: Request, analysis_id: str, query: Annotated[AnalysisCompressionQuery, Query()]
+) -> Response:
+    """What a rule makes of one layer (with a curve over all its ranks), of each, or one budget of the whole model."""
+    form = choose_format(query.format, request.headers.get("accept"), COMPRESSION_FORMATS)
+    check_parameters(query.rule, query)
+    if query.rule == "global_budget" and query.layer not in {None, "all"}:
+        raise BadRequestValue("layer", query.layer, "global_budget is over all layers")
+    if form in PICTURES and query.rule != "global_budget":
+        raise BadRequestValue("format", form, "is for rule=global_budget; the spectrum has a picture for the others")
+
+    def build(row: JobRow, rows: list[TensorRow]) -> bytes | Task:
+        chosen = _chosen(row, rows, query.layer)
+        report = _report(rows, chosen, query)
+        if form == "csv":
+            return _table(report)
+        head = {"analysis_id": row.id, "status": row.status, "complete": row.status == "succeeded"}
+        return representations.to_json({**head, **report})
+
+    return await _answer(here, request, analysis_id, (form, query), build)
+
+
+def _report(rows: list[TensorRow], chosen: list[TensorRow], query: AnalysisCompressionQuery) -> dict[str, Any]:
+    if query.rule == "global_budget":
+        return plans.budget_report(rows, query.fraction or 0.5, query.weighting)
+    rules, every = rules_of(query.rule, query), query.rule == "all"
+    if len(chosen) == 1 and query.layer != "all":
+        return plans.layer_report(chosen[0], rules, every=every)
+    return plans.model_report(rows, rules, every=every)
+
+
+def _table(report: dict[str, Any]) -> bytes:
+    """A row a layer; with every rule, a row a layer and rule."""
+    rows = [
+        {key: value for key, value in {**layer, **rule}.items() if key not in {"rules", "curve", "shape"}}
+        for layer in report.get("layers", [report])
+        for rule in layer.get("rules", [{}])
+    ]
+    return representations.table_csv(rows)
