@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 # On Linux the default torch wheel brings CUDA with it; TORCH_INDEX=<url> takes it from another wheel index.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo serve test lint slow bench clean
+.PHONY: demo serve test lint slow soak bench clean
 
 demo: $(VENV)/installed
 	@exec $(BIN)/rankscope demo
@@ -16,6 +16,9 @@ test: lint
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(VENV)/soak
+	$(BIN)/python -m fuzz.formats --seconds 200
 
 bench: $(VENV)/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.memo
@@ -31,4 +34,8 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt
 	python3.11 -m venv $(VENV)
 	$(PIP_INSTALL) -e '.[worker,dev]'
+	@touch $@
+
+$(VENV)/soak: $(VENV)/installed
+	$(PIP_INSTALL) -e '.[worker,dev,soak]'
 	@touch $@

@@ -12,11 +12,11 @@ from service import problems, store
 from service.context import Context
 from service.drawing import Drawing
 from service.edge import Edge
-from service.routes import analyses, analysis_views, compression, experiments, meta, metrics, spectrum, weights
-from service.schemas import ExperimentSpec
+from service.routes import analyses, analysis_views, compression, experiments, factors, meta, metrics, spectrum, weights
+from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
 
-ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, meta)
+ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, meta)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -66,7 +66,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _describe_bodies(app: FastAPI) -> None:
     """Add the models of bodies that our own parser reads to the OpenAPI document."""
     document = app.openapi()
-    models = (ExperimentSpec, experiments.LabelChanges)
+    models = (ExperimentSpec, experiments.LabelChanges, FactorsSpec)
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= {**schema.pop("$defs", {}), model.__name__: schema}

@@ -26,6 +26,7 @@ RankscopeError
 └── JobFailed                ends a job as `failed`, with a type clients can match
     ├── DeviceUnavailable
     ├── Diverged
+    ├── CannotFactor         what was asked for cannot be written as a file of factors
     ├── NoConvergence        LAPACK finds no singular values
     └── UploadError          an uploaded file, or one tensor in it, is refused; found by the route or by the job
         ├── MalformedArray, MalformedArchive                     not what the bytes claim to be
@@ -164,6 +165,13 @@ class Diverged(JobFailed):
 
     kind = "diverged"
     title = "The training diverged"
+
+
+class CannotFactor(JobFailed):
+    """What was asked for cannot be written as a file of factors."""
+
+    kind = "cannot-factor"
+    title = "The factors cannot be written"
 
 
 class NoConvergence(JobFailed):

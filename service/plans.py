@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,44 @@ from service.lowrank import compression, rescaled, times_power
 from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, global_budget
 from service.lowrank.compression import Rule
 from service.representations import rows_of
-from service.rules import DEFAULTS, report_or_reason
+from service.rules import BUDGET, DEFAULTS, check_parameters, report_or_reason, rules_of
+from service.schemas import FactorsSpec
 from service.store import TensorRow, spectrum_of
 
 FRACTIONS = 40  # points of the curve over all budgets
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layer's rank, None where it is to stay dense, and why."""
+
+    rank: int | None
+    reason: str
+
+
+def choices_for(rows: Sequence[TensorRow], spec: FactorsSpec) -> dict[int, Choice]:
+    """Position → what becomes of each analysed layer. Raises BadRequestValue, also for a layer that is not there."""
+    found = reports.analysed(rows)
+    wanted = {row.name for row in found} if spec.layers is None else set(spec.layers)
+    if missing := wanted - {row.name for row in found}:
+        raise BadRequestValue("/layers", min(missing), "is no tensor that was analysed")
+    check_parameters(spec.rule, spec)
+    rows = [row for row in rows if row.name in wanted]
+    if spec.rule == "global_budget":
+        report = budget_report(rows, spec.fraction or BUDGET, spec.weighting)
+    else:
+        report = model_report(rows, rules_of(spec.rule, spec), every=False)
+    chosen = {layer["layer"]: _choice(layer) for layer in report["layers"]}
+    return {row.position: chosen.get(row.name, Choice(None, "dense: not among the layers asked for")) for row in found}
+
+
+def _choice(layer: dict[str, Any]) -> Choice:
+    if layer["rank"] is None:
+        return Choice(None, f"dense: {layer['chosen_by']}")
+    if layer["verdict"] == "keep_dense":
+        even = layer["break_even_rank"]
+        return Choice(None, f"dense: rank {layer['rank']} saves nothing, up to {even} would ({layer['chosen_by']})")
+    return Choice(layer["rank"], layer["chosen_by"])
 
 
 def layer_report(row: TensorRow, rules: Sequence[Rule], *, every: bool) -> dict[str, Any]:

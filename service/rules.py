@@ -1,15 +1,13 @@
 """Which rule chooses a layer's rank: the parameters of every request that names one."""
 
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from service.errors import BadRequestValue
 from service.lowrank import compression
 from service.lowrank.compression import Rule
 from service.lowrank.ranks import Array, Shape
+from service.schemas import RuleName, RuleParameters
 
-RuleName = Literal[compression.RuleName, "all"]  # not a union: a refusal would name its members
 PARAMETERS: dict[str, str] = {
     "rank": "rank",
     "energy": "threshold",
@@ -17,24 +15,15 @@ PARAMETERS: dict[str, str] = {
     "budget": "fraction",
     "global_budget": "fraction",
 }
+BUDGET = 0.5
 DEFAULTS: dict[str, Rule] = {
     "energy": Rule("energy", threshold=0.99),
     "error": Rule("error", threshold=0.1),
-    "budget": Rule("budget", fraction=0.5),
+    "budget": Rule("budget", fraction=BUDGET),
     "entropy_rank": Rule("entropy_rank"),
     "optimal": Rule("optimal"),
     "spikes": Rule("spikes"),
 }
-
-
-class RuleParameters(BaseModel):
-    """The parameters of all rules; each rule takes one at most."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rank: int | None = Field(None, ge=1, le=65_536, description="for rule=rank")
-    threshold: float | None = Field(None, ge=0, le=1, description="for rule=energy (0.99) and error (0.1)")
-    fraction: float | None = Field(None, gt=0, le=1, description="for the budgets (0.5): of the parameters kept")
 
 
 class RuleQuery(RuleParameters):

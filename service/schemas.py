@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from service.errors import BadRequestValue, BudgetExceeded
+from service.lowrank import compression
+from service.lowrank.allocation import Weighting
 
 PARAMETER_LIMIT = 5 * 10**7
 WORK_LIMIT = 10**16
@@ -21,6 +23,7 @@ Target = Literal["tanh", "relu", "identity"]
 Activation = Literal["tanh", "relu", "sigmoid", "identity"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Priority = Literal["low", "normal", "high"]
+RuleName = Literal[compression.RuleName, "all"]  # not a union: a refusal would name its members
 PresetName = Literal["memo", "memo-adamw", "small-init", "raw-relu", "no-decay"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -246,3 +249,32 @@ def _check_budget(spec: ExperimentSpec) -> None:
     ):
         if budget.figure > budget.limit:
             raise BudgetExceeded(*budget)
+
+
+class RuleParameters(BaseModel):
+    """The parameters of all rules; each rule takes one at most."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int | None = Field(None, ge=1, le=65_536, description="for rule=rank")
+    threshold: float | None = Field(None, ge=0, le=1, description="for rule=energy (0.99) and error (0.1)")
+    fraction: float | None = Field(None, gt=0, le=1, description="for the budgets (0.5): of the parameters kept")
+
+
+class FactorsSpec(RuleParameters):
+    """Which rank each layer of an analysis is factored at, and how the factors are stored."""
+
+    model_config = Strict.model_config
+
+    rule: Literal[compression.RuleName, "global_budget"] = "energy"
+    weighting: Weighting = "relative"
+    layers: list[Annotated[str, StringConstraints(max_length=1000)]] | None = Field(
+        None, max_length=100_000, description="names of those to factor; the others stay dense. null: all"
+    )
+    format: Literal["safetensors", "npz", "peft"] = "safetensors"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
+        None, description="null: float64 for what is stored in it or in integers, else float32"
+    )
+    split: Literal["balanced", "left"] = Field("balanced", description="B = U√Σ, A = √ΣVᵀ; or B = UΣ, A = Vᵀ")
+    name: Name | None = None
+    priority: Priority = "normal"

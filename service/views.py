@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from service.http import etag
-from service.schemas import ExperimentSpec
+from service.schemas import ExperimentSpec, FactorsSpec
 from service.store import TERMINAL, JobRow, Status
 from service.uploads import Format, Matricize
 
@@ -77,6 +77,23 @@ class Analysis(AnalysisSummary):
     totals: dict[str, Any]
 
 
+class Factors(Job):
+    """Factors made of an analysis; the manifest is there once their file is."""
+
+    analysis: str = Field(description="id of the analysis")
+    request: FactorsSpec
+    manifest: dict[str, Any] | None
+
+
+class FactorsList(BaseModel):
+    """All factors of one analysis, without their manifests."""
+
+    object: str = "list"
+    data: list[Factors]
+    has_more: bool
+    next: str | None
+
+
 class ExperimentList(BaseModel):
     """A page of experiments; `next` is the cursor for `after`."""
 
@@ -122,6 +139,11 @@ def experiment(row: JobRow) -> dict[str, Any]:
 def analysis(row: JobRow) -> dict[str, Any]:
     """The row as an AnalysisSummary, ready for JSON."""
     return {**job(row), **{name: row.spec[name] for name in ("source", "base", "matricize")}}
+
+
+def factors(row: JobRow, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """The row as Factors, ready for JSON."""
+    return {**job(row), "analysis": row.parent, "request": row.spec["request"], "manifest": manifest}
 
 
 def timestamp(microseconds: int | None) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from numpy.lib import format as npy
 
 from service import files
+from service.errors import CannotFactor
 from worker.factor_layout import (
     SAFETENSORS,
     Layer,
@@ -30,7 +31,7 @@ from worker.factor_layout import (
     lay_out,
     with_errors,
 )
-from worker.factoring import CannotFactor, Errors, auto_dtype, dense, factor, widened
+from worker.factoring import Errors, auto_dtype, dense, factor, widened
 from worker.reading import Matrix
 
 MAX_METADATA = 1 << 20  # Characters; headers of 2 MiB and more are refused by our own reader.
@@ -102,7 +103,7 @@ def _write_layer(layer: Layer, source: Source, options: Options, add: Add) -> Er
 
 
 def _bytes_of(values: torch.Tensor) -> memoryview:
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _writer(file: IO[bytes], layers: Sequence[Layer], manifest: dict[str, Any]) -> AbstractContextManager[Add]:

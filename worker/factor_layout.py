@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from service.errors import MalformedArchive, MalformedArray
+from service.errors import CannotFactor, MalformedArchive, MalformedArray
 from service.lowrank.compression import item_bytes
 from service.uploads import Tensor
-from worker.factoring import FLOAT8, FORMULAS, CannotFactor, Errors, FactorDtype, Split, auto_dtype
+from worker.factoring import FLOAT8, FORMULAS, Errors, FactorDtype, Split, auto_dtype
 
 FileFormat = Literal["safetensors", "npz", "peft"]
 Verdict = Literal["factored", "dense", "copied", "left_out"]
@@ -73,7 +73,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Layer:
-    """What becomes of the upload's tensor at a position: two factors A and B of a rank, one whole tensor, or nothing."""
+    """What becomes of the upload's tensor at a position: two factors of a rank, one whole tensor, or nothing."""
 
     position: int
     tensor: Tensor
@@ -169,12 +169,12 @@ def _in_model(position: int, planned: Planned, options: Options, is_difference: 
         return _left_out(position, planned, "not copied, as the file is of differences")
     if is_difference:
         return _whole(position, planned, "dense", options.dtype or auto_dtype(tensor.dtype))
-    if isinstance(tensor.refusal, MalformedArchive | MalformedArray) or tensor.place is None is not tensor.refusal:
+    if tensor.place is None or isinstance(tensor.refusal, MalformedArchive | MalformedArray):
         return _left_out(position, planned, "its entries cannot be read")
-    dtype = _held_as(tensor.dtype, options.format)
-    if dtype is None or tensor.shape is None:
+    held_as = _held_as(tensor.dtype, options.format)
+    if held_as is None or tensor.shape is None:
         return _left_out(position, planned, f"{options.format} cannot hold {tensor.dtype or 'it'}")
-    return _whole(position, planned, "dense" if tensor.refusal is None else "copied", dtype)
+    return _whole(position, planned, "dense" if tensor.refusal is None else "copied", held_as)
 
 
 def _in_adapter(position: int, planned: Planned, options: Options) -> Layer:
@@ -229,7 +229,7 @@ def _entry(layer: Layer) -> dict[str, Any]:
     tensor = layer.tensor
     return {
         "name": tensor.name,
-        "shape": tensor.shape and list(tensor.shape),
+        "shape": None if tensor.shape is None else list(tensor.shape),
         "matrix_shape": None if tensor.refusal else list(tensor.matrix_shape),
         "stored_dtype": tensor.dtype or None,
         "rank": layer.rank,

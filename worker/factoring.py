@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.errors import JobFailed
+from service.errors import CannotFactor
 from service.lowrank.compression import item_bytes, relative_errors
 from service.lowrank.ranks import Array
 from worker.decompose import svd
@@ -27,16 +27,7 @@ FORMULAS: dict[Split, str] = {
 }
 FLOAT8 = {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 NARROW = {"float32", "float16", "bfloat16", *FLOAT8}
-BLOCK_ENTRIES = (
-    1 << 20
-)  # The product is compared with the matrix by blocks of rows, so that it never exists as a whole.
-
-
-class CannotFactor(JobFailed):
-    """What was asked for cannot be written as a file of factors."""
-
-    kind = "cannot-factor"
-    title = "The factors cannot be written"
+BLOCK_ENTRIES = 1 << 20  # The product is compared by blocks of rows, so that it never exists as a whole.
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,7 @@ def _widen(numbers: bytes, dtype: str, wider: FactorDtype) -> bytes:
 
 
 def _scaled(stored: torch.Tensor, exponent: int) -> Array:
-    return np.ldexp(stored.double().numpy(), exponent)
+    return np.asarray(np.ldexp(stored.double().numpy(), exponent))
 
 
 def _spectral(sigma: float, exponent: int) -> float:

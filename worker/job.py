@@ -14,13 +14,14 @@ from service.errors import JobFailed, LostJob
 from service.processes import end_with_parent
 from service.settings import Settings
 from service.store import Database, Token
-from worker import analysis, experiment
+from worker import analysis, experiment, factors
 from worker.recorder import Canceled, Recorder, Save
 
 log = logging.getLogger("worker.job")
 KINDS: dict[str, tuple[Callable[[Settings, Recorder, dict[str, Any]], None], Save]] = {
     "experiment": (experiment.run, store.add_epochs),
     "analysis": (analysis.run, store.record_found),
+    "factors": (factors.run, store.record_found),
 }
 
 

@@ -56,6 +56,10 @@ class Recorder:
     def add(self, item: Any, done: int) -> None:
         """Record a finding; it is committed now if the next one would come too late. Raises LostJob, Canceled."""
         self._waiting.append(item)
+        self.progress(done)
+
+    def progress(self, done: int) -> None:
+        """Say how far the job is; the same holds for the commit."""
         self._done = done
         now = time.monotonic()
         took, self._added = now - self._added, now

@@ -44,6 +44,11 @@ class Source:
         return read_matrix(self.path, tensor, base=(self.base_path, self.base[tensor.name]))
 
     @property
+    def is_difference(self) -> bool:
+        """Whether a base is subtracted."""
+        return self.base_path is not None
+
+    @property
     def n_matrices(self) -> int:
         """How many tensors the file, were it not for its base, would have to analyse."""
         return sum(tensor.refusal is None or isinstance(tensor.refusal, NotInBase) for tensor in self.tensors)

@@ -14,7 +14,8 @@ from service.lowrank import noise, ranks
 from service.lowrank.ranks import SLACK, Array, Shape
 
 RuleName = Literal["rank", "energy", "error", "budget", "entropy_rank", "optimal", "spikes"]
-ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}  # The dtypes that numpy has no name for.
+# The dtypes that numpy has no name for.
+ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1}
 
 
 @dataclass(frozen=True)

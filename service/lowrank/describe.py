@@ -23,10 +23,11 @@ def rescaled(fields: Mapping[str, Any], exponent: int) -> dict[str, Any]:
     """
     if exponent == 0:
         return dict(fields)
-    return {name: _scaled(value, exponent) if name in LINEAR else value for name, value in fields.items()}
+    return {name: times_power(value, exponent) if name in LINEAR else value for name, value in fields.items()}
 
 
-def _scaled(value: float | None, exponent: int) -> float | None:
+def times_power(value: float | None, exponent: int) -> float | None:
+    """value·2^exponent; None for None, and where no float64 holds it."""
     try:
         return None if value is None else math.ldexp(value, exponent)
     except OverflowError:

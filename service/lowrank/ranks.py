@@ -12,7 +12,14 @@ Array = NDArray[np.float64]
 Shape = tuple[int, ...]
 
 SLACK = 1e-12  # Relative; σ that equal a threshold up to rounding must not depend on the machine.
-MANTISSA_BITS = {"float16": 10, "bfloat16": 7, "float8_e4m3fn": 3, "float8_e5m2": 2}
+MANTISSA_BITS = {
+    "float16": 10,
+    "bfloat16": 7,
+    "float8_e4m3fn": 3,
+    "float8_e4m3fnuz": 3,
+    "float8_e5m2": 2,
+    "float8_e5m2fnuz": 2,
+}
 
 
 def spectral_norm(s: Array) -> Array:

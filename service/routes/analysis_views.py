@@ -15,7 +15,8 @@ from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
-from service.rules import RuleName, RuleParameters, check_parameters, rules_of
+from service.rules import BUDGET, check_parameters, rules_of
+from service.schemas import RuleName, RuleParameters
 from service.store import JobRow, TensorRow, spectrum_of
 
 router = APIRouter(prefix="/analyses", tags=["analyses"])
@@ -179,7 +180,7 @@ async def compression(
 
 def _report(rows: list[TensorRow], chosen: list[TensorRow], query: AnalysisCompressionQuery) -> dict[str, Any]:
     if query.rule == "global_budget":
-        return plans.budget_report(rows, query.fraction or 0.5, query.weighting)
+        return plans.budget_report(rows, query.fraction or BUDGET, query.weighting)
     rules, every = rules_of(query.rule, query), query.rule == "all"
     if len(chosen) == 1 and query.layer != "all":
         return plans.layer_report(chosen[0], rules, every=every)

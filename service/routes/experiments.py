@@ -1,24 +1,18 @@
 """Experiments: post, read, list, rename, cancel, delete."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from service import jobs, listing, store, views
-from service.context import JSON_ONLY, OWNER, Body, Here
+from service.context import JSON_ONLY, OWNER, Body, Here, takes
 from service.errors import BadRequestValue, PreconditionFailed
 from service.http import matches
 from service.schemas import ExperimentSpec, Name, Strict, Tags, resolve
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 KIND = "experiment"
-
-
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    # The body is read by our strict parser, so FastAPI has to be told of its schema.
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class LabelChanges(Strict):
@@ -32,7 +26,7 @@ class LabelChanges(Strict):
     "",
     status_code=202,
     response_model=views.Experiment,
-    openapi_extra=_body(ExperimentSpec),
+    openapi_extra=takes(ExperimentSpec),
     dependencies=JSON_ONLY,
 )
 def create(here: Here, body: Body) -> Response:
@@ -77,7 +71,7 @@ def read(here: Here, request: Request, experiment_id: str) -> Response:
 @router.patch(
     "/{experiment_id}",
     response_model=views.Experiment,
-    openapi_extra=_body(LabelChanges),
+    openapi_extra=takes(LabelChanges),
     dependencies=JSON_ONLY,
 )
 def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Response:

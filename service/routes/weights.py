@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from service import files, store, views
 from service.context import OWNER, Here
+from service.downloads import download
 from service.errors import InvalidState, SpectrumNotReady
-from service.http import unchanged, usable_range
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 
@@ -32,12 +32,4 @@ def weights(here: Here, request: Request, experiment_id: str, query: Annotated[W
         if row.status in store.TERMINAL:
             raise InvalidState(f"the run {row.status} before it had {query.at} weights")
         raise SpectrumNotReady(f"the {query.at} weights are not written yet")
-    headers = views.validators(row, query.at)
-    if unchanged(request, headers):
-        return Response(status_code=304, headers=headers)
-    wanted = usable_range(request.headers.get("range"), path.stat().st_size)
-    # FileResponse reads the header itself, and would answer a bad one in plain text.
-    others = [header for header in request.scope["headers"] if header[0] != b"range"]
-    request.scope["headers"] = others + ([(b"range", wanted.encode())] if wanted else [])
-    name = f"{row.id}-{query.at}.safetensors"
-    return FileResponse(path, headers=headers, media_type="application/octet-stream", filename=name)
+    return download(request, path, f"{row.id}-{query.at}.safetensors", views.validators(row, query.at))

@@ -47,6 +47,7 @@ from service.store.tensors import (
     manifest,
     pending,
     record_found,
+    source_of,
     spectrum_of,
     tensors,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "recorded_epochs",
     "release",
     "rename_job",
+    "source_of",
     "spectra",
     "spectrum_of",
     "tensors",

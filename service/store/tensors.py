@@ -93,6 +93,12 @@ def pending(session: Session, job_id: str) -> set[int]:
     return set(session.scalars(query))
 
 
+def source_of(session: Session, job_id: str) -> tuple[JobRow, list[TensorRow]]:
+    """The analysis that a job was made of, and its tensors."""
+    analysis = session.get_one(JobRow, session.get_one(JobRow, job_id).parent)
+    return analysis, tensors(session, analysis.id)
+
+
 def spectrum_of(row: TensorRow) -> Array:
     """σ/2^exponent of an analysed tensor, (k,), largest first."""
     return np.frombuffer(row.spectrum or b"", FLOAT64)

@@ -11,7 +11,7 @@ from service.uploads.model import Format, Limits, Matricize, Place, Tensor, Uplo
 __all__ = ["Format", "Limits", "Matricize", "Place", "Tensor", "Upload", "inspect"]
 
 _ZIP = (b"PK\3\4", b"PK\5\6")
-_RAW_PICKLE = re.compile(rb"\x80[\2-\5][^\0]", re.DOTALL)
+_PICKLE_OR_GZIP = re.compile(rb"\x80[\2-\5][^\0]|\x1f\x8b\x08", re.DOTALL)
 
 
 def inspect(file: BinaryIO, size: int, limits: Limits) -> Upload:
@@ -61,10 +61,11 @@ def _too_short(first: bytes) -> MalformedArray | MalformedArchive:
 
 
 def _may_be_safetensors(first: bytes) -> bool:
-    """Whether a header's length may come first; no text, picture or pickle has three zeros at bytes 5 to 7.
+    """Whether a header's length may come first; no text and no picture has three zeros at bytes 5 to 7.
 
-    A raw pickle can (its frame's length is there), but only where a header would have 64 KiB and more.
+    A raw pickle can (its frame's length is there) and so can gzip (its time), but only where a header would be of
+    64 KiB and more.
     """
     if first[8:9] == b"{":
         return True
-    return first[5:8] == bytes(3) and not _RAW_PICKLE.match(first)
+    return first[5:8] == bytes(3) and not _PICKLE_OR_GZIP.match(first)

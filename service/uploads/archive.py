@@ -14,6 +14,7 @@ from service.uploads.checks import excerpt, figure, read_at
 from service.uploads.model import Limits
 
 MAX_DIRECTORY = 4 * 2**20  # Parsed, it takes about ten times that in memory.
+MAX_EXTRAS = 16  # Blocks in the extra field of a member, which has room for 16 000.
 
 _END = struct.Struct("<4s4H2LH")
 _WIDE_LOCATOR = struct.Struct("<4sLQL")
@@ -161,14 +162,16 @@ def _widen(extra: bytes, narrow: tuple[int, ...]) -> tuple[int, ...]:
 
 def _wide_values(extra: bytes) -> tuple[int, ...]:
     """The values of the one zip64 block among the extra blocks."""
-    found: list[bytes] = []
-    while extra:
-        if len(extra) < 4 or len(extra) < 4 + int.from_bytes(extra[2:4], "little"):
-            raise MalformedArchive("the extra field of a member is damaged")
-        kind, length = struct.unpack_from("<2H", extra)
+    found, position = [], 0
+    for _ in range(MAX_EXTRAS):
+        if position + 4 > len(extra):
+            break
+        kind, length = struct.unpack_from("<2H", extra, position)
+        position += 4 + length
         if kind == 1:
-            found.append(extra[4 : 4 + length])
-        extra = extra[4 + length :]
+            found.append(extra[position - length : position])
+    if position != len(extra):
+        raise MalformedArchive("the extra field of a member is damaged")
     if len(found) > 1 or (found and len(found[0]) % 8):
         raise MalformedArchive("the zip64 fields of a member are damaged")
     return struct.unpack(f"<{len(found[0]) // 8}Q", found[0]) if found else ()

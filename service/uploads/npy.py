@@ -5,7 +5,7 @@ says is compared with the bytes that follow before anything is allocated, and is
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from service.errors import MalformedArray, PickleForbidden, UnsupportedDtype, UploadError
@@ -44,11 +44,11 @@ class Header:
     """What a .npy says of its entries, which begin at byte `length`; `dtype` is "" if it is not analysed."""
 
     length: int
+    shape: tuple[int, ...]
+    fortran: bool
     dtype: str = ""
     itemsize: int = 0
-    shape: tuple[int, ...] = ()
     big_endian: bool = False
-    fortran: bool = False
     refusal: UploadError | None = None
 
 
@@ -92,8 +92,7 @@ def read_header(prefix: bytes) -> Header:
     except UnicodeDecodeError:
         raise MalformedArray("the .npy header is not UTF-8") from None
     descr, fortran, shape = _fields(text)
-    base = Header(start + length, shape=shape, fortran=fortran)
-    return _with_dtype(base, descr)
+    return _with_dtype(Header(start + length, shape=shape, fortran=fortran), descr)
 
 
 def _extent(prefix: bytes) -> tuple[int, int]:
@@ -208,22 +207,21 @@ def _expect(tokens: _Tokens, mark: str) -> None:
 
 def _with_dtype(header: Header, descr: object) -> Header:
     """The header with its dtype, or with the reason why entries of that type are not read."""
-    length, shape, fortran = header.length, header.shape, header.fortran
+    if not isinstance(descr, str | list | tuple):
+        raise MalformedArray("descr in the .npy header is no dtype")
     if _has_objects(descr):
-        refusal: UploadError = PickleForbidden("the array holds Python objects, which only unpickling would restore")
-        return Header(length, shape=shape, fortran=fortran, refusal=refusal)
+        refusal = PickleForbidden("the array holds Python objects, which only unpickling would restore")
+        return replace(header, refusal=refusal)
     if not isinstance(descr, str):
-        if not isinstance(descr, list | tuple):
-            raise MalformedArray("descr in the .npy header is no dtype")
-        refusal = UnsupportedDtype("structured and sub-array dtypes are not analysed; save each field by itself")
-        return Header(length, shape=shape, fortran=fortran, refusal=refusal)
+        advice = "save each field as an array of its own"
+        return replace(header, refusal=UnsupportedDtype(f"structured and sub-array dtypes are not analysed; {advice}"))
     match = _DTYPE.fullmatch(descr)
     if not match:
         raise MalformedArray("descr in the .npy header is no dtype")
-    if match[2] is None and match[1] in _DTYPES:
-        dtype, itemsize = _DTYPES[match[1]]
-        return Header(length, dtype, itemsize, shape, descr[0] == ">" and itemsize > 1, fortran)
-    return Header(length, shape=shape, fortran=fortran, refusal=_unsupported(match[1]))
+    if match[2] or match[1] not in _DTYPES:
+        return replace(header, refusal=_unsupported(match[1]))
+    dtype, itemsize = _DTYPES[match[1]]
+    return replace(header, dtype=dtype, itemsize=itemsize, big_endian=descr[0] == ">" and itemsize > 1)
 
 
 def _has_objects(descr: object) -> bool:

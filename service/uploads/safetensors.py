@@ -50,8 +50,6 @@ def inspect(file: BinaryIO, size: int, limits: Limits) -> tuple[Tensor, ...]:
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header, and where the buffer starts."""
-    if size < 8:
-        raise MalformedArray("the file is too short for a safetensors header")
     length = int.from_bytes(read_at(file, 0, 8), "little")
     if not 2 <= length <= FORMAT_HEADER:
         raise MalformedArray(f"the safetensors header has {figure(length)} bytes, not 2 to {FORMAT_HEADER}")

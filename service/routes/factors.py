@@ -1,0 +1,114 @@
+"""Factors of an analysis: a job that writes a file, its manifest, and the file."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.orm import Session
+
+from service import files, jobs, plans, reports, store, views
+from service.context import JSON_ONLY, OWNER, Body, Here, takes
+from service.downloads import download
+from service.errors import BadRequestValue, InvalidState, NotAcceptable, NotFound
+from service.http import etag
+from service.routes import analyses
+from service.schemas import FactorsSpec
+from service.store import JobRow
+
+router = APIRouter(prefix="/analyses/{analysis_id}/factors", tags=["analyses"])
+KIND = "factors"
+
+
+class FactorsQuery(BaseModel):
+    """The job with its manifest, or the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = "json"
+
+
+@router.post(
+    "", status_code=202, response_model=views.Factors, openapi_extra=takes(FactorsSpec), dependencies=JSON_ONLY
+)
+def create(here: Here, analysis_id: str, body: Body) -> Response:
+    """Write the layers as factors `name.A` (r×n) and `name.B` (m×r), at a rule's ranks, or as an adapter for PEFT."""
+    spec = FactorsSpec.model_validate(body)
+    if spec.format == "npz" and spec.dtype == "bfloat16":
+        raise BadRequestValue("/dtype", spec.dtype, "has no name in .npz; take safetensors")
+    with here.database.write.begin() as session:
+        analysis = store.get_job(session, analyses.KIND, OWNER, analysis_id)
+        rows = store.tensors(session, analysis.id)
+        if analysis.status != "succeeded" or not reports.analysed(rows):
+            raise InvalidState(f"the analysis {analysis.status}, with {len(reports.analysed(rows))} tensors analysed")
+        plans.choices_for(rows, spec)
+        jobs.check_disk(here, analysis.spec["source"]["bytes"])
+        row = store.create_job(session, _job(spec, analysis), here.settings.queue_limit)
+    headers = {"location": f"/analyses/{analysis_id}/factors/{row.id}"}
+    return jobs.answer(row, views.factors(row, None), status=202, headers=headers)
+
+
+def _job(spec: FactorsSpec, analysis: JobRow) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "owner": OWNER,
+        "name": spec.name,
+        "tags": {},
+        "priority": spec.priority,
+        "total": analysis.total,
+        "parent": analysis.id,
+        "spec": {"device": "cpu", "request": spec.model_dump()},
+    }
+
+
+def _factors(session: Session, analysis_id: str, factors_id: str) -> JobRow:
+    row = store.get_job(session, KIND, OWNER, factors_id)
+    if row.parent != analysis_id:
+        raise NotFound(f"no factors {factors_id[:40]!r} of this analysis")
+    return row
+
+
+@router.get("", response_model=views.FactorsList, dependencies=JSON_ONLY)
+def index(here: Here, analysis_id: str) -> dict[str, Any]:
+    """All factors made of the analysis, oldest first."""
+    with here.database.read.begin() as session:
+        store.get_job(session, analyses.KIND, OWNER, analysis_id)
+        made = [views.factors(row, None) for row in store.children(session, analysis_id)]
+    return {"object": "list", "data": made, "has_more": False, "next": None}
+
+
+@router.get("/{factors_id}", response_model=views.Factors)
+def read(
+    here: Here, request: Request, analysis_id: str, factors_id: str, query: Annotated[FactorsQuery, Query()]
+) -> Response:
+    """The job, with the manifest once it has succeeded; `format=` that of the file sends the file, and takes Range."""
+    with here.database.read.begin() as session:
+        row = _factors(session, analysis_id, factors_id)
+        manifest = store.manifest(session, row.id)
+    made = row.spec["request"]["format"]
+    if query.format == "json":
+        return jobs.unchanged(request, row) or jobs.answer(row, views.factors(row, manifest))
+    if query.format != made:
+        raise NotAcceptable(f"these factors were made as {made}; available are json, {made}", available=["json", made])
+    if manifest is None:
+        raise InvalidState(f"the job is {row.status}: there is no file")
+    path = files.factors_path(here.settings.data, row.id, row.attempt, made)
+    name = f"{row.id}.{'zip' if made == 'peft' else made}"
+    headers = {"etag": etag(manifest["sha256"]), "cache-control": "private, max-age=31536000, immutable"}
+    return download(request, path, name, headers)
+
+
+@router.post("/{factors_id}/cancel", response_model=views.Factors, responses={202: {}}, dependencies=JSON_ONLY)
+def cancel(here: Here, analysis_id: str, factors_id: str) -> Response:
+    """Stop the job; no file is left."""
+    with here.database.read.begin() as session:
+        _factors(session, analysis_id, factors_id)
+    row = jobs.cancel(here, KIND, factors_id)
+    return jobs.answer(row, views.factors(row, None), status=jobs.cancel_status(row))
+
+
+@router.delete("/{factors_id}", status_code=204)
+def remove(here: Here, analysis_id: str, factors_id: str) -> Response:
+    """Delete the factors and their file; the analysis stays."""
+    with here.database.read.begin() as session:
+        _factors(session, analysis_id, factors_id)
+    return jobs.remove(here, KIND, factors_id)
