@@ -6,7 +6,6 @@ From POST to `succeeded`, with spectra of W and W − W₀ and the cut curves; a
 repeats after one run of each to warm up.
 """
 
-import os
 import statistics
 import sys
 import tempfile
@@ -14,18 +13,12 @@ import time
 from pathlib import Path
 
 import httpx
-import psutil
 import torch
 
 from benchmarks import textbook
+from benchmarks.measure import cpu_seconds, require_one_thread, server_process, tree_cpu_s
 from service.demo import running_server, wait_until_ready
 from service.settings import Settings
-
-
-def tree_cpu_s(pid: int) -> float:
-    """CPU seconds of a process and all its descendants, the ended ones included."""
-    root = psutil.Process(pid)
-    return sum(sum(process.cpu_times()[:4]) for process in [root, *root.children(recursive=True)])
 
 
 def service_run(client: httpx.Client, pid: int, seed: int) -> tuple[float, float]:
@@ -52,11 +45,11 @@ def main(repeats: int) -> None:
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         wait_until_ready(client)
-        (server,) = [child.pid for child in psutil.Process().children() if "serve" in child.cmdline()]
+        server = server_process().pid
         for seed in range(repeats + 1):
             ours = service_run(client, server, seed)
-            loop, spectra = textbook.cpu_seconds(textbook.train, 60, 64, seed)
-            gif, _ = textbook.cpu_seconds(textbook.draw, spectra, Path(folder) / "textbook.gif")
+            loop, spectra = cpu_seconds(textbook.train, 60, 64, seed)
+            gif, _ = cpu_seconds(textbook.draw, spectra, Path(folder) / "textbook.gif")
             rows.append((*ours, loop, gif))
     run, our_gif, loop, gif = (statistics.median(column) for column in zip(*rows[1:], strict=True))
     print(f"experiment over HTTP {run:.2f} s, textbook loop {loop:.2f} s, ratio {run / loop:.3f} (goal < 0.5)")
@@ -64,6 +57,5 @@ def main(repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        sys.exit("set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 first: the baseline takes one thread too")
+    require_one_thread()
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

@@ -1,6 +1,5 @@
 """The memo's experiment as a person writes it by hand: the yardstick. Nothing here is tuned or used by the service."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,3 @@ def draw(spectra: Any, path: Path) -> None:
 
     FuncAnimation(figure, frame, frames=len(shares)).save(path, writer=PillowWriter(fps=10))
     plt.close(figure)
-
-
-def cpu_seconds(work: Any, *arguments: Any) -> tuple[float, Any]:
-    """CPU seconds that a call took in this process, and its answer."""
-    start = time.process_time()
-    answer = work(*arguments)
-    return time.process_time() - start, answer

@@ -48,7 +48,9 @@ def run(settings: Settings, file: Path, given: Given, server: str | None, *, as_
     if as_json:
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - it is what was asked for
     else:
-        _show(Console(), file, report)
+        # A file or a pipe has no width: there a line a layer serves better than a fold.
+        console = Console(highlight=False)
+        _show(console if console.is_terminal else Console(width=160, highlight=False), file, report)
     return 0
 
 
@@ -79,7 +81,7 @@ def _analyse(client: httpx.Client, file: Path, query: dict[str, Any], console: C
             "/analyze",
             content=content,
             params={"name": file.name[:200], "top_k": 1},
-            headers={"prefer": "wait=1", "content-length": str(file.stat().st_size)},
+            headers={"prefer": "respond-async", "content-length": str(file.stat().st_size)},
         )
     state = _follow(client, _checked(answer).json(), console)
     if state["status"] != "succeeded":
@@ -103,7 +105,7 @@ def _follow(client: httpx.Client, state: dict[str, Any], console: Console) -> di
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=state["progress"]["total"])
         while state["status"] not in OVER:
-            time.sleep(0.2)
+            time.sleep(0.1)
             state = _checked(client.get(f"/analyses/{state['id']}", params={"top_k": 1})).json()
             progress.update(task, completed=state["progress"]["done"], total=state["progress"]["total"])
     return state
@@ -123,17 +125,21 @@ def _show(console: Console, file: Path, report: dict[str, Any]) -> None:
 
 
 def _layers_table(file: Path, compression: dict[str, Any], found: dict[str, Any]) -> Table:
-    headings = ("layer", "shape", "dtype", "stable", "entropy", "rank", "even", "kept", "error", "verdict")
-    table = Table(*headings, title=Text(f"{file.name}: {compression['rule']}"))
+    table = Table(title=Text(f"{file.name}: {compression['rule']}"))
+    table.add_column("layer", overflow="fold", min_width=12)
+    for heading in ("shape", "stable", "entropy", "rank", "even", "kept", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict")
     for layer in compression["layers"]:
         tensor = found[layer["layer"]]
         ranks = [f"{tensor[name]:.1f}" for name in ("stable_rank", "entropy_rank")]
-        head: list[str | Text] = [Text(layer["layer"]), "×".join(map(str, layer["shape"])), layer["dtype"], *ranks]
+        head: list[str | Text] = [Text(layer["layer"]), "×".join(map(str, layer["shape"])), *ranks]
         if layer["rank"] is None:
             table.add_row(*head, "–", "", "", "", layer["chosen_by"])
             continue
         sizes = [f"{layer['kept_fraction']:.3f}", f"{layer['relative_frobenius_error']:.4f}"]
-        table.add_row(*head, str(layer["rank"]), str(layer["break_even_rank"]), *sizes, layer["verdict"])
+        verdict = layer["verdict"].removeprefix("keep_")
+        table.add_row(*head, str(layer["rank"]), str(layer["break_even_rank"]), *sizes, verdict)
     return table
 
 

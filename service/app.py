@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from service import problems, store
+from service import files, problems, store
 from service.context import Context
 from service.drawing import Drawing
 from service.edge import Edge
 from service.routes import analyses, analysis_views, compression, experiments, factors, meta, metrics, spectrum, weights
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
+from service.store import Database
 
 ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, meta)
 
@@ -54,6 +55,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     database = store.connect(settings)
     store.migrate(database, settings)
+    _sweep(settings, database)
     drawing = Drawing(settings.data, settings.cache_limit)
     app.state.context = Context(settings, database, drawing)
     try:
@@ -61,6 +63,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         drawing.close()
         database.engine.dispose()
+
+
+def _sweep(settings: Settings, database: Database) -> None:
+    """Remove the files of jobs that are not there: a crash came between the file and its row, or the row's end."""
+    with database.read.begin() as session:
+        gone = store.missing(session, files.settled_jobs(settings.data))
+    for job_id in gone:
+        files.remove_job(settings.data, job_id)
 
 
 def _describe_bodies(app: FastAPI) -> None:

@@ -13,11 +13,13 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
 At = Literal["initial", "final"]
+FOLDERS = ("weights", "uploads", "factors", "pictures")
 
 
 def weights_path(data: Path, job_id: str, attempt: int, at: At) -> Path:
@@ -112,7 +114,7 @@ def read_cached(path: Path) -> bytes | None:
 
 def remove_job(data: Path, job_id: str) -> None:
     """Remove every file of a job that has been deleted from the database."""
-    for folder in ("weights", "uploads", "factors", "pictures"):
+    for folder in FOLDERS:
         shutil.rmtree(data / folder / job_id, ignore_errors=True)
 
 
@@ -131,6 +133,13 @@ def prune_pictures(data: Path, limit: int) -> None:
             return
         path.unlink(missing_ok=True)
         excess -= size
+
+
+def settled_jobs(data: Path) -> set[str]:
+    """Ids of the jobs that have files here, but for those of the last hour: their rows may be about to be stored."""
+    latest = time.time() - 3600
+    folders = [path for kind in FOLDERS for path in (data / kind).glob("*-*-*") if path.is_dir()]
+    return {path.name for path in folders if path.stat().st_mtime < latest}
 
 
 def free_bytes(data: Path) -> int:

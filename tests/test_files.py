@@ -26,6 +26,20 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_nameless_upload_is_seen_only_once_it_is_kept(tmp_path: Path) -> None:
+    path = files.upload_path(tmp_path, "job")
+    with files.nameless(tmp_path) as file:
+        file.write(b"whole")
+        assert list((tmp_path / "uploads").iterdir()) == []
+        files.keep(file, path)
+        files.share(path, files.base_path(tmp_path, "other"))
+    files.remove_job(tmp_path, "job")
+    assert files.base_path(tmp_path, "other").read_bytes() == b"whole"
+    with files.nameless(tmp_path) as file:
+        file.write(b"never kept")
+    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["other"]
+
+
 def test_the_pictures_used_last_are_kept(tmp_path: Path) -> None:
     paths = [files.picture_path(tmp_path, "job", str(i), "png") for i in range(4)]
     paths[0].parent.mkdir(parents=True)

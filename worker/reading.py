@@ -16,7 +16,7 @@ from service.lowrank.compression import item_bytes
 from service.lowrank.ranks import Array
 from service.uploads import Place, Tensor
 
-PIECE = 1 << 22  # Bytes at a time.
+PIECE = 1 << 20  # Bytes at a time.
 EXACT = 2**53  # Integers beyond it need not be float64 numbers.
 SAFE_EXPONENT = 400  # Squares of entries below 2^400, and above 2^-400, are float64 numbers, and so are their sums.
 ONLY_TORCH = {"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}

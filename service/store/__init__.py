@@ -12,6 +12,7 @@ from service.store.jobs import (
     delete_job,
     get_job,
     list_jobs,
+    missing,
     rename_job,
 )
 from service.store.queue import (
@@ -87,6 +88,7 @@ __all__ = [
     "losses",
     "manifest",
     "migrate",
+    "missing",
     "pending",
     "record_crash",
     "record_found",

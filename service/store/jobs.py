@@ -1,6 +1,7 @@
 """Verbs of whoever posts jobs: create, read, list, rename, cancel, delete."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,11 @@ def get_job(session: Session, kind: str, owner: str, job_id: str) -> JobRow:
     if row is None or row.kind != kind or row.owner != owner:
         raise NotFound(f"no {kind} {job_id[:40]!r}")
     return row
+
+
+def missing(session: Session, ids: Collection[str]) -> set[str]:
+    """Those of the ids that no job has."""
+    return {one for one in ids if session.get(JobRow, one) is None}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What the benchmarks measure with."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+
+def require_one_thread() -> None:
+    """Exit unless BLAS has been held to one thread, which only the environment can do in time."""
+    if os.environ.get("OMP_NUM_THREADS") != "1" or os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        sys.exit("set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 first: the baseline takes one thread too")
+
+
+def cpu_seconds(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """CPU seconds that a call took in this process, and its answer."""
+    start = time.process_time()
+    answer = work(*arguments)
+    return time.process_time() - start, answer
+
+
+def server_process() -> psutil.Process:
+    """The server that this process started."""
+    (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
+    return server
+
+
+def tree_cpu_s(pid: int) -> float:
+    """CPU seconds of a process and all its descendants, the ended ones included."""
+    root = psutil.Process(pid)
+    return sum(sum(process.cpu_times()[:4]) for process in [root, *root.children(recursive=True)])

@@ -1,0 +1,77 @@
+"""Analyses whose processes die, are cut off or meet a limit."""
+
+import os
+import socket
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_safetensors
+
+from tests.conftest import start_server, stop_server, wait_for
+from tests.test_uploads import values_of
+from tests.uploads.builders import saved
+
+FAST = {"RANKSCOPE_HEARTBEAT_S": "0.1", "RANKSCOPE_LEASE_S": "1"}
+
+
+def test_a_killed_worker_is_followed_by_one_that_goes_on_where_it_was(tmp_path: Path) -> None:
+    """F1 for analyses: what an attempt has recorded is not done again, and the rest is as if nothing had happened."""
+    rng = np.random.default_rng(0)
+    matrices = {f"{i:02}": rng.standard_normal((900, 900)) for i in range(9)}
+    content = save_safetensors({name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
+    server = start_server(tmp_path / "data", **FAST)
+    path = server.client.post("/analyze", content=content, headers={"prefer": "wait=0"}).headers["location"]
+    wait_for(lambda: server.client.get(path).json()["progress"]["done"] > 100, "a few tensors")
+    (child,) = wait_for(server.job_children, "the job's process")
+    server.workers()[0].kill()
+    wait_for(lambda: not child.is_running(), "the job to follow its worker")
+    with sqlite3.connect(server.data / "rankscope.sqlite3") as database:
+        query = "UPDATE tensors SET notes = '[\"kept\"]' WHERE status = 'analysed' RETURNING name"
+        kept = {name for (name,) in database.execute(query).fetchall()}
+    database.close()
+    assert 1 < len(kept) < 9
+    state = wait_for(lambda: (s := server.client.get(path).json())["status"] == "succeeded" and s, "the analysis")
+    assert state["attempt"] == 2
+    assert {tensor["name"] for tensor in state["tensors"] if "kept" in tensor["notes"]} == kept
+    for name, matrix in matrices.items():
+        np.testing.assert_allclose(values_of(state, name), np.linalg.svd(matrix)[1][:512], rtol=1e-10)
+    assert stop_server(server) == 0
+
+
+def test_an_api_killed_while_it_takes_an_upload_leaves_no_file_and_no_row(tmp_path: Path) -> None:
+    """F3."""
+    server = start_server(tmp_path / "data", workers=0)
+    with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
+        connection.sendall(b"POST /analyze HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n")
+        connection.sendall(bytes(5_000_000))
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+
+        def holds() -> bool:
+            targets = (str(link.readlink()) for link in descriptors.iterdir() if link.exists())
+            return any("uploads" in target for target in targets)
+
+        wait_for(holds, "the server to take the upload")
+        server.process.kill()
+        server.process.wait()
+    stop_server(server)
+    assert list((server.data / "uploads").iterdir()) == []
+    second = start_server(tmp_path / "data", workers=0)
+    assert second.client.get("/analyses").json()["data"] == []
+    assert stop_server(second) == 0
+
+
+def test_files_that_no_job_has_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data", workers=0)
+    kept = server.client.post("/analyze", content=saved(np.eye(3)), headers={"prefer": "wait=0"}).json()["id"]
+    assert stop_server(server) == 0
+    uploads = server.data / "uploads"
+    for name in ("00000000-0000-7000-8000-000000000000", "00000000-0000-7000-8000-000000000001"):
+        (uploads / name).mkdir()
+    for folder, age in ((kept, 9000), ("00000000-0000-7000-8000-000000000000", 9000)):
+        past = (uploads / folder).stat().st_mtime - age
+        os.utime(uploads / folder, (past, past))
+    second = start_server(tmp_path / "data", workers=0)
+    assert {path.name for path in uploads.iterdir()} == {kept, "00000000-0000-7000-8000-000000000001"}
+    assert stop_server(second) == 0
