@@ -21,7 +21,8 @@ soak: $(VENV)/soak
 	$(BIN)/python -m fuzz.formats --seconds 200
 
 bench: $(VENV)/installed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.memo
+	@for one in memo analyze model; do \
+	  echo "== benchmarks.$$one"; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$one || exit 1; done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

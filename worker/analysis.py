@@ -10,13 +10,11 @@ from service.lowrank.ranks import Array
 from service.settings import Settings
 from service.store import Found
 from service.uploads import Tensor
-from worker.decompose import spectra
+from worker.decompose import AT_ONCE, spectra
 from worker.devices import choose_device, environment
 from worker.reading import Matrix
 from worker.recorder import Recorder
 from worker.source import Source
-
-BATCH = 1 << 22  # Entries decomposed at once, unless one matrix alone has more.
 
 
 def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
@@ -46,7 +44,7 @@ def _batches(tensors: Sequence[Tensor], left: Collection[int]) -> Iterator[list[
     kind: tuple[object, ...] = ()
     for position in sorted(left, key=lambda at: (-tensors[at].work, tensors[at].matrix_shape, tensors[at].dtype, at)):
         shape, dtype = tensors[position].matrix_shape, tensors[position].dtype
-        if batch and ((shape, dtype) != kind or (len(batch) + 1) * math.prod(shape) > BATCH):
+        if batch and ((shape, dtype) != kind or (len(batch) + 1) * math.prod(shape) > AT_ONCE):
             yield batch
             batch = []
         batch, kind = [*batch, position], (shape, dtype)
