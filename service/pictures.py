@@ -7,6 +7,8 @@ import numpy as np
 
 from service.lowrank.ranks import Array
 
+Scale = Literal["linear", "log"]
+
 HEAT_COLUMNS = 200
 
 
@@ -30,7 +32,7 @@ class Chart:
     layer: str
     shape: tuple[int, ...]
     of: Literal["weights", "update"] = "weights"
-    scale: Literal["linear", "log"] = "linear"
+    scale: Scale = "linear"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class LayerSpectrum:
     relative_frobenius_error: float | None = None
     kept_fraction: float | None = None
     verdict: str | None = None
-    scale: Literal["linear", "log"] = "linear"
+    scale: Scale = "linear"
 
 
 @dataclass(frozen=True, eq=False)

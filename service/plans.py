@@ -9,9 +9,10 @@ import numpy as np
 
 from service import reports
 from service.errors import BadRequestValue
-from service.lowrank import compression, rescaled, times_power
+from service.lowrank import compression, describe, normalized, rescaled, times_power
 from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, global_budget
 from service.lowrank.compression import Rule
+from service.pictures import BudgetCurve, LayerSpectrum, Scale
 from service.representations import rows_of
 from service.rules import BUDGET, DEFAULTS, check_parameters, report_or_reason, rules_of
 from service.schemas import FactorsSpec
@@ -153,25 +154,61 @@ def _joint_error(rows: Sequence[TensorRow], plan: Plan) -> float | None:
     return error
 
 
-def budget_curve(rows: Sequence[TensorRow], weighting: Weighting) -> dict[str, list[float]]:
-    """Kept fraction and lost share of the weighted energy, by `global_budget` and by the uniform plan, over budgets."""
+def marked_layer(row: TensorRow, rule: Rule, title: str, top_k: int | None, scale: Scale) -> LayerSpectrum:
+    """One layer as it is drawn: s*_j, and marked on it the noise edge, the rule's rank and the break-even rank."""
+    s, shape = spectrum_of(row), reports.matrix_shape(row)
+    report = compression.report(s, shape, row.dtype, rule)
+    (fields,) = describe(s[np.newaxis], shape, row.dtype)
+    total = float(s.sum())
+    parameters = [format(report[name], "g") for name in ("threshold", "fraction") if name in report]
+    return LayerSpectrum(
+        title=title,
+        layer=row.name,
+        shape=shape,
+        values=normalized(s)[:top_k],
+        noise_edge=None if fields["noise_edge"] is None else fields["noise_edge"] / total,
+        rank=report["rank"],
+        chosen_by=" ".join([rule.name, *parameters]),
+        break_even_rank=report["break_even_rank"],
+        scale=scale,
+        stable_rank=fields["stable_rank"],
+        entropy_rank=fields["entropy_rank"],
+        **{name: report[name] for name in ("energy_kept", "relative_frobenius_error", "kept_fraction", "verdict")},
+    )
+
+
+def budget_curve(rows: Sequence[TensorRow], report: dict[str, Any], title: str) -> BudgetCurve:
+    """Lost share of the weighted energy by both plans and the bound, over all budgets; marked the one of the report."""
     layers, _ = layers_of(rows)
-    total = sum(math.prod(layer.shape) for layer in layers)
+    weighting: Weighting = report["weighting"]
     everything = _weighted_energy(layers, weighting)
-    points: dict[str, list[float]] = {"fraction": [], "plan": [], "uniform": [], "bound": []}
-    for fraction in np.linspace(1 / FRACTIONS, 1, FRACTIONS).tolist():
-        try:
-            answer = global_budget(layers, fraction, weighting)
-        except BadRequestValue:
-            continue  # Too little for every layer.
-        points["fraction"].append(answer.plan.cost / total if total else fraction)
-        for name, lost in (
-            ("plan", answer.plan.objective),
-            ("uniform", answer.uniform.objective),
-            ("bound", answer.bound),
-        ):
-            points[name].append(math.sqrt(lost / everything) if everything else 0.0)
-    return points
+    fractions = np.linspace(1 / FRACTIONS, 1, FRACTIONS)
+    lost = np.array([_lost(layers, fraction, weighting) for fraction in [*fractions.tolist(), report["fraction"]]])
+    errors = np.sqrt(lost / everything if everything else lost)
+    plan, uniform, bound = errors[-1].tolist()
+    return BudgetCurve(
+        title=title,
+        n_layers=len(layers),
+        n_parameters=sum(math.prod(layer.shape) for layer in layers),
+        fractions=fractions,
+        global_errors=errors[:-1, 0],
+        uniform_errors=errors[:-1, 1],
+        bounds=errors[:-1, 2],
+        fraction=report["fraction"],
+        global_error=plan,
+        uniform_error=uniform,
+        bound=bound,
+        measure="relative Frobenius error" if weighting == "absolute" else "rms relative error of the layers",
+    )
+
+
+def _lost(layers: Sequence[Layer], fraction: float, weighting: Weighting) -> list[float]:
+    """Objectives of the plan and of the uniform plan, and the bound; NaN where the fraction is too little."""
+    try:
+        answer = global_budget(layers, fraction, weighting)
+    except BadRequestValue:
+        return [math.nan] * 3
+    return [answer.plan.objective, answer.uniform.objective, answer.bound]
 
 
 def _weighted_energy(layers: Sequence[Layer], weighting: Weighting) -> float:

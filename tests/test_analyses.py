@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save as save_safetensors
 
 from service.lowrank import describe
@@ -220,6 +221,35 @@ def test_a_global_budget_is_kept_and_no_worse_than_uniform(server: Server, model
         )
         assert plan["objective"] == pytest.approx(lost, rel=1e-9)
     assert totals["relative_frobenius_error"] <= uniform["relative_frobenius_error"] + 1e-12  # absolute is last
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/spectrum?layer=head",
+        "/spectrum?layer=embed&scale=log&rule=spikes",
+        "/spectrum",
+        "/compression?rule=global_budget",
+    ],
+)
+def test_pictures_are_drawn_once_and_as_large_as_asked(server: Server, model: dict[str, Any], path: str) -> None:
+    query = f"/analyses/{model['id']}{path}{'&' if '?' in path else '?'}width=500&height=300&format="
+    first = server.client.get(f"{query}png")
+    assert (first.status_code, first.headers["content-type"]) == (200, "image/png")
+    with Image.open(io.BytesIO(first.content)) as image:
+        assert image.size == (500, 300)
+        assert len(image.convert("RGB").getcolors(500 * 300) or []) > 20
+    assert server.client.get(f"{query}png").content == first.content
+    drawing = server.client.get(f"{query}svg")
+    assert drawing.headers["content-type"].startswith("image/svg+xml")
+    assert b'width="500" height="300"' in drawing.content
+
+
+def test_the_picture_of_one_layer_is_drawn_for_a_zero_matrix_too(server: Server) -> None:  # row 140
+    state = server.analyze(saved(np.zeros((5, 4))))
+    for path in ("spectrum?format=png", "spectrum?format=png&layer=all", "compression?rule=global_budget&format=png"):
+        answer = server.client.get(f"/analyses/{state['id']}/{path}")
+        assert answer.headers["content-type"] == "image/png", answer.text
 
 
 @pytest.mark.parametrize(

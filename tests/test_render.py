@@ -20,7 +20,8 @@ from PIL import Image
 
 from service import render
 from service.pictures import Chart, Size, Spectrum
-from service.render import Scene, spectrum_gif, spectrum_png, spectrum_svg
+from service.render import spectrum_gif, spectrum_png, spectrum_svg, style
+from service.render.spectrum import Scene, index_ticks, lay_out
 
 CHART = Chart("memo", "hidden.1", (64, 64))
 HOSTILE = [
@@ -50,8 +51,8 @@ def frames(count: int) -> list[Spectrum]:
 
 def scene_of(shown: list[Spectrum], chart: Chart = CHART, size: Size | None = None) -> Scene:
     """The figure behind a picture, drawn."""
-    with render._drawing():
-        scene = render._scene(shown, shown, chart, size or Size())
+    with style.drawing():
+        scene = lay_out(shown, shown, chart, size or Size())
         scene.canvas.draw()
     return scene
 
@@ -242,9 +243,9 @@ def test_the_pixels_of_a_png_are_where_the_values_are(scale: str) -> None:
     shown, chart = [spectrum(0), spectrum(8)], replace(CHART, scale=scale)
     scene, picture = scene_of(shown, chart), opened(spectrum_png(shown, chart))
     found = pixels_at(scene, shown[1].values, picture)
-    assert np.abs(found - rgb(render._shades()[-1])).max() < 3
+    assert np.abs(found - rgb(style.shades()[-1])).max() < 3
     elsewhere = pixels_at(scene, np.full(64, shown[1].values[0]), picture)[8:]
-    assert np.abs(elsewhere - rgb(render._shades()[-1])).sum(axis=1).min() > 100
+    assert np.abs(elsewhere - rgb(style.shades()[-1])).sum(axis=1).min() > 100
 
 
 def test_the_pixels_of_each_gif_frame_are_where_its_values_are() -> None:
@@ -252,12 +253,12 @@ def test_the_pixels_of_each_gif_frame_are_where_its_values_are() -> None:
     scene = scene_of([shown[0], shown[-1]], size=size)
     for place, picture in enumerate(images(spectrum_gif(shown, CHART, size))):
         found = pixels_at(scene, shown[place].values, picture)
-        shade = rgb(render._shades()[round(19 * place / 8)])
+        shade = rgb(style.shades()[round(19 * place / 8)])
         assert np.abs(found - shade).max() < 24
         # The first epoch stays in view; where it is far from the curve, its colour is its own.
         if place > 2:
             reference = pixels_at(scene, shown[0].values, picture)[:4:3]
-            assert np.abs(reference - rgb(render.REFERENCE)).sum(axis=1).min() < 24
+            assert np.abs(reference - rgb(style.REFERENCE)).sum(axis=1).min() < 24
 
 
 def test_each_gif_frame_has_its_own_numbers_in_the_table() -> None:
@@ -271,8 +272,8 @@ def test_each_gif_frame_has_its_own_numbers_in_the_table() -> None:
 
 def test_the_axes_of_an_animation_have_room_for_every_frame() -> None:
     shown = [spectrum(0), spectrum(60), spectrum(1)]
-    with render._drawing():
-        scene = render._scene([shown[0], shown[-1]], shown, CHART, Size())
+    with style.drawing():
+        scene = lay_out([shown[0], shown[-1]], shown, CHART, Size())
     low, high = scene.figure.axes[0].get_ylim()
     assert low <= 0
     assert high > shown[1].values.max()
@@ -304,7 +305,7 @@ def test_many_values_are_drawn_without_dots() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 4096])
 def test_index_ticks_begin_at_one_and_end_within(count: int) -> None:
-    ticks = render._index_ticks(count)
+    ticks = index_ticks(count)
     assert ticks[0] == 1
     assert ticks[-1] <= count
     assert ticks == sorted(set(ticks))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
@@ -13,6 +14,7 @@ from service.errors import BadRequestValue, InvalidState, SpectrumNotReady
 from service.http import choose_format, unchanged
 from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
+from service.pictures import ModelSpectra, Size, profile
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
 from service.rules import BUDGET, check_parameters, rules_of
@@ -114,9 +116,24 @@ async def spectrum(
 
     def build(row: JobRow, rows: list[TensorRow]) -> bytes | Task:
         chosen = _chosen(row, rows, query.layer)
-        return _numbers(row, chosen, query, form)
+        return _picture(row, chosen, query, form) if form in PICTURES else _numbers(row, chosen, query, form)
 
     return await _answer(here, request, analysis_id, (form, query), build)
+
+
+def _picture(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery, form: str) -> Task:
+    """One layer with its marks, or the heat map of a whole model."""
+    title, size = _title(row), Size(query.width, query.height, query.dpi)
+    if len(chosen) > 1 or query.layer == "all":
+        names = tuple(one.name for one in chosen)
+        model = ModelSpectra(title, names, np.stack([profile(spectrum_of(one)) for one in chosen]))
+        return (f"heatmap_{form}", model, size)
+    (rule,) = rules_of(query.rule, query)
+    return (f"layer_{form}", plans.marked_layer(chosen[0], rule, title, query.top_k, query.scale), size)
+
+
+def _title(row: JobRow) -> str:
+    return row.name or f"{row.spec['source']['format']} {row.spec['source']['sha256'][:12]}"
 
 
 def _numbers(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery, form: str) -> bytes:
@@ -170,6 +187,9 @@ async def compression(
     def build(row: JobRow, rows: list[TensorRow]) -> bytes | Task:
         chosen = _chosen(row, rows, query.layer)
         report = _report(rows, chosen, query)
+        if form in PICTURES:
+            size = Size(query.width, query.height, query.dpi)
+            return (f"budget_{form}", plans.budget_curve(rows, report, _title(row)), size)
         if form == "csv":
             return _table(report)
         head = {"analysis_id": row.id, "status": row.status, "complete": row.status == "succeeded"}

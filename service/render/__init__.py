@@ -1,0 +1,25 @@
+"""Pictures: values in, bytes out; each as PNG and as SVG, a training run also as GIF.
+
+Every picture has the same parts: a title and what it is of, a small table that is also the legend, and axes. The same
+arguments give the same bytes, in any process. Nothing here imports pyplot, keeps a figure or leaves matplotlib's
+settings changed; while a call runs, its settings and warning filter are the process's, so one thread draws at a time.
+A user's text is drawn letter by letter, never as mathtext.
+"""
+
+from service.render.budget import budget_png, budget_svg
+from service.render.gif import spectrum_gif
+from service.render.heatmap import heatmap_png, heatmap_svg
+from service.render.layer import layer_png, layer_svg
+from service.render.spectrum import spectrum_png, spectrum_svg
+
+__all__ = [
+    "budget_png",
+    "budget_svg",
+    "heatmap_png",
+    "heatmap_svg",
+    "layer_png",
+    "layer_svg",
+    "spectrum_gif",
+    "spectrum_png",
+    "spectrum_svg",
+]
