@@ -3,6 +3,9 @@ BIN := $(VENV)/bin
 # On Linux the default torch wheel brings CUDA with it; TORCH_INDEX=<url> takes it from another wheel index.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# A file's tests share servers and finished jobs, so files go to one process each.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo serve test lint slow soak bench clean
 
 demo: $(VENV)/installed
@@ -12,7 +15,7 @@ serve: $(VENV)/installed
 	@exec $(BIN)/rankscope serve
 
 test: lint
-	$(BIN)/python -m pytest -q --cov --cov-report=term
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) --cov --cov-report=term
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
