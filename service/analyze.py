@@ -40,7 +40,7 @@ def run(settings: Settings, file: Path, given: Given, server: str | None, *, as_
     except KeyboardInterrupt:
         return INTERRUPTED
     except httpx.TransportError as error:
-        errors.print(f"no server at {server}: {error}", markup=False)
+        errors.print(f"no server at {server or 'the private address'}: {error}", markup=False)
         return NO_SERVER
     except _Stop as stop:
         errors.print(str(stop), markup=False)

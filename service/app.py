@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import re
 from collections.abc import AsyncIterator
 
@@ -17,6 +18,7 @@ from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
 from service.store import Database
 
+log = logging.getLogger(__name__)
 ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, meta)
 
 
@@ -66,10 +68,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _sweep(settings: Settings, database: Database) -> None:
-    """Remove the files of jobs that are not there: a crash came between the file and its row, or the row's end."""
+    """Remove uploads whose job was never stored, because a crash came in between."""
     with database.read.begin() as session:
-        gone = store.missing(session, files.settled_jobs(settings.data))
+        gone = store.missing(session, files.abandoned(settings.data))
     for job_id in gone:
+        log.warning("removing the upload of %s, which was never stored", job_id)
         files.remove_job(settings.data, job_id)
 
 

@@ -260,3 +260,9 @@ class NoMatrices(UploadError):
 
     kind = "no-matrices"
     title = "The file holds no matrix"
+
+
+def refusal_of(kind: str, detail: str) -> UploadError | None:
+    """The refusal that was stored by its kind; None for a kind that is none."""
+    found = next((refusal for refusal in UploadError.__subclasses__() if refusal.kind == kind), None)
+    return None if found is None else found(detail)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
 At = Literal["initial", "final"]
+INCOMING = "incoming"
 FOLDERS = ("weights", "uploads", "factors", "pictures")
 
 
@@ -37,8 +38,9 @@ def base_path(data: Path, job_id: str) -> Path:
     return data / "uploads" / job_id / "base"
 
 
-def factors_path(data: Path, job_id: str, attempt: int, suffix: str) -> Path:
-    """Where an attempt's factors are."""
+def factors_path(data: Path, job_id: str, attempt: int, file_format: str) -> Path:
+    """Where an attempt's factors are; an adapter for PEFT is a zip of two files."""
+    suffix = "zip" if file_format == "peft" else file_format
     return data / "factors" / job_id / f"{attempt}.{suffix}"
 
 
@@ -48,9 +50,8 @@ def picture_path(data: Path, job_id: str, key: str, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def nameless(data: Path) -> Iterator[BinaryIO]:
-    """A new file for an upload that nobody finds, and nobody need clean up after a crash, until `keep` names it."""
-    folder = data / "uploads"
+def nameless(folder: Path) -> Iterator[BinaryIO]:
+    """A new file that nobody finds, and nobody need clean up after a crash, until `keep` names it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # Not tempfile's: it asks the kernel that its file never get a name.
@@ -63,31 +64,18 @@ def nameless(data: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def keep(file: BinaryIO, path: Path) -> None:
-    """Give a nameless file its name, in a folder that is made for it, once it is safely on the disk."""
+def settle(file: IO[bytes]) -> None:
+    """Return once all that was written is safely on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def keep(file: BinaryIO, path: Path) -> None:
+    """Give a nameless file that is settled its name, in a folder that is made for it; no other may have that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     source = file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}"
     # With a folder's descriptor Python calls the one of two system calls that follows the link in /proc.
     os.link(source, path, src_dir_fd=file.fileno(), follow_symlinks=True)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write and read, in a folder that is there, which gets its name in one step as the block ends.
-
-    A failure leaves what was there before, or nothing; so does a crash.
-    """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def share(path: Path, other: Path) -> None:
@@ -97,9 +85,15 @@ def share(path: Path, other: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Create or replace a file in one step."""
-    with replacing(path) as file:
-        file.write(content)
+    """Create or replace a file, in a folder that is there, in one step; a failure leaves what was there before."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(content)
+            settle(file)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def read_cached(path: Path) -> bytes | None:
@@ -135,11 +129,23 @@ def prune_pictures(data: Path, limit: int) -> None:
         excess -= size
 
 
-def settled_jobs(data: Path) -> set[str]:
-    """Ids of the jobs that have files here, but for those of the last hour: their rows may be about to be stored."""
+def abandoned(data: Path) -> list[str]:
+    """Ids under which an upload was kept at least an hour ago by somebody who then never said that it `arrived`."""
     latest = time.time() - 3600
-    folders = [path for kind in FOLDERS for path in (data / kind).glob("*-*-*") if path.is_dir()]
-    return {path.name for path in folders if path.stat().st_mtime < latest}
+    marks = (data / "uploads").glob(f"*/{INCOMING}")
+    return [mark.parent.name for mark in marks if mark.stat().st_mtime < latest]
+
+
+def expect(data: Path, job_id: str) -> None:
+    """Mark an upload as one whose job is not stored yet: a crash from here to `arrived` leaves files without a job."""
+    mark = upload_path(data, job_id).with_name(INCOMING)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def arrived(data: Path, job_id: str) -> None:
+    """The job is stored: its files are nobody else's to remove."""
+    upload_path(data, job_id).with_name(INCOMING).unlink(missing_ok=True)
 
 
 def free_bytes(data: Path) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 from service import reports
 from service.errors import BadRequestValue
 from service.lowrank import compression, describe, normalized, rescaled, times_power
-from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, global_budget
+from service.lowrank.allocation import Allocation, Layer, Weighting, global_budget
 from service.lowrank.compression import Rule
 from service.pictures import BudgetCurve, LayerSpectrum, Scale
 from service.representations import rows_of
-from service.rules import BUDGET, DEFAULTS, check_parameters, report_or_reason, rules_of
+from service.rules import BUDGET, DEFAULTS, check_parameters, rule_of
 from service.schemas import FactorsSpec
 from service.store import TensorRow, spectrum_of
 
@@ -40,7 +40,7 @@ def choices_for(rows: Sequence[TensorRow], spec: FactorsSpec) -> dict[int, Choic
     if spec.rule == "global_budget":
         report = budget_report(rows, spec.fraction or BUDGET, spec.weighting)
     else:
-        report = model_report(rows, rules_of(spec.rule, spec), every=False)
+        report = model_report(rows, rule_of(spec.rule, spec))
     chosen = {layer["layer"]: _choice(layer) for layer in report["layers"]}
     return {row.position: chosen.get(row.name, Choice(None, "dense: not among the layers asked for")) for row in found}
 
@@ -54,39 +54,47 @@ def _choice(layer: dict[str, Any]) -> Choice:
     return Choice(layer["rank"], layer["chosen_by"])
 
 
-def layer_report(row: TensorRow, rules: Sequence[Rule], *, every: bool) -> dict[str, Any]:
-    """The report for one layer with its curve over all ranks; `every` rule side by side or the one given.
+def layer_report(row: TensorRow, rule: Rule) -> dict[str, Any]:
+    """The report for one layer with its curve over all ranks.
 
     Raises BadRequestValue for a parameter that does not suit the layer.
     """
-    found = reports.table_of(row) if every else [reports.compression_of(row, rules[0])]
-    body = {"rule": "all", "rules": found} if every else found[0]
-    curve = rows_of(compression.curve(spectrum_of(row), reports.matrix_shape(row)))
-    return {**_head(row), **body, "curve": [rescaled(point, row.exponent) for point in curve]}
+    return {**_head(row), **reports.compression_of(row, rule), "curve": _curve(row)}
 
 
-def model_report(rows: Sequence[TensorRow], rules: Sequence[Rule], *, every: bool) -> dict[str, Any]:
-    """The reports for all layers, and their sums where one rule was asked for.
+def layer_table(row: TensorRow) -> dict[str, Any]:
+    """One layer by all rules side by side, with its curve over all ranks."""
+    return {**_head(row), "rule": "all", "rules": reports.table_of(row), "curve": _curve(row)}
 
-    Raises BadRequestValue where the rule's parameter suits no layer.
+
+def _curve(row: TensorRow) -> list[dict[str, Any]]:
+    points = rows_of(compression.curve(spectrum_of(row), reports.matrix_shape(row)))
+    return [rescaled(point, row.exponent) for point in points]
+
+
+def model_report(rows: Sequence[TensorRow], rule: Rule) -> dict[str, Any]:
+    """The reports for all layers, and the sums of those that the rule's parameter suits.
+
+    Raises BadRequestValue where it suits none.
     """
     found = reports.analysed(rows)
-    if every:
-        return {"rule": "all", "layers": [{**_head(row), "rules": reports.table_of(row)} for row in found]}
-    listed = {row.position: _report_or_reason(row, rules[0]) for row in found}
-    suited = [row for row in rows if row.position not in listed or listed[row.position]["rank"] is not None]
-    if found and not reports.analysed(suited):
-        reports.compression_of(found[0], rules[0])
+    listed = {row.position: reports.compression_or_reason(row, rule) for row in found}
+    suited = {position: report for position, report in listed.items() if report["rank"] is not None}
+    if found and not suited:
+        reports.compression_of(found[0], rule)  # It raises what it has against the first layer.
     return {
-        "rule": rules[0].name,
+        "rule": rule.name,
         "layers": [{**_head(row), **listed[row.position]} for row in found],
-        "totals": reports.totals(suited, lambda row: listed[row.position]),
+        "totals": reports.totals(rows, suited),
     }
 
 
-def _report_or_reason(row: TensorRow, rule: Rule) -> dict[str, Any]:
-    report = report_or_reason(spectrum_of(row), reports.matrix_shape(row), row.dtype, rule)
-    return rescaled(report, row.exponent)
+def model_table(rows: Sequence[TensorRow]) -> dict[str, Any]:
+    """All layers by all rules side by side."""
+    return {
+        "rule": "all",
+        "layers": [{**_head(row), "rules": reports.table_of(row)} for row in reports.analysed(rows)],
+    }
 
 
 def _head(row: TensorRow) -> dict[str, Any]:
@@ -107,8 +115,10 @@ def budget_report(rows: Sequence[TensorRow], fraction: float, weighting: Weighti
     """The plan of `global_budget`, the bound and the uniform plan beside it. Raises BadRequestValue."""
     layers, common = layers_of(rows)
     answer = global_budget(layers, fraction, weighting)
-    found = {row.name: row for row in reports.analysed(rows)}
-    planned = {name: _planned(row, answer.plan.ranks[name]) for name, row in found.items()}
+    found = reports.analysed(rows)
+    planned, uniform = (
+        {row.position: _planned(row, plan.ranks[row.name]) for row in found} for plan in (answer.plan, answer.uniform)
+    )
     power = 2 * common if weighting == "absolute" else 0
     total = sum(math.prod(layer.shape) for layer in layers)
     return {
@@ -122,12 +132,12 @@ def budget_report(rows: Sequence[TensorRow], fraction: float, weighting: Weighti
         "uniform": {
             "objective": times_power(answer.uniform.objective, power),
             "parameters_after": answer.uniform.cost,
-            "relative_frobenius_error": _joint_error(rows, answer.uniform),
+            "relative_frobenius_error": reports.totals(rows, uniform)["relative_frobenius_error"],
         },
         "layers": [
-            {**_head(row), **planned[name], "uniform_rank": answer.uniform.ranks[name]} for name, row in found.items()
+            {**_head(row), **planned[row.position], "uniform_rank": answer.uniform.ranks[row.name]} for row in found
         ],
-        "totals": reports.totals(rows, lambda row: planned[row.name]),
+        "totals": reports.totals(rows, planned),
     }
 
 
@@ -145,13 +155,6 @@ def _planned(row: TensorRow, rank: int | None) -> dict[str, Any]:
     for name in ("rule", "threshold"):
         report.pop(name, None)
     return {**report, "chosen_by": "dense is worth its price" if rank is None else "the plan"}
-
-
-def _joint_error(rows: Sequence[TensorRow], plan: Plan) -> float | None:
-    error: float | None = reports.totals(rows, lambda row: _planned(row, plan.ranks[row.name]))[
-        "relative_frobenius_error"
-    ]
-    return error
 
 
 def marked_layer(row: TensorRow, rule: Rule, title: str, top_k: int | None, scale: Scale) -> LayerSpectrum:

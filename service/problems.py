@@ -30,20 +30,26 @@ class ValidationFailed(errors.RankscopeError):
     """Stands for pydantic's refusals in the table; `errors` has an entry for each."""
 
 
-def _upload_problem(kind: type[errors.UploadError], status: int, advice: str) -> Problem:
-    return Problem(kind.kind, status, kind.title, advice)
-
-
+UPLOADS: tuple[tuple[type[errors.UploadError], int, str], ...] = (
+    (errors.MalformedArray, 400, "Save it again; `detail` names what is wrong."),
+    (errors.MalformedArchive, 400, "Save it again; `detail` names what is wrong."),
+    (errors.ArrayTooLarge, 413, "`GET /limits` tells how large a matrix may be."),
+    (errors.ArchiveTooLarge, 413, "`GET /limits` tells how much an archive may hold."),
+    (errors.PickleForbidden, 422, "Save numbers, not Python objects."),
+    (errors.UnsafeCheckpoint, 422, "Save a plain state dict, or safetensors."),
+    (errors.UnsupportedDtype, 422, "Save real numbers; bfloat16 and float8 as safetensors."),
+    (errors.UnsupportedShape, 422, "Send a non-empty array of 2 to 64 dimensions."),
+    (errors.NonFiniteValues, 422, "Look where the first one comes from."),
+    (errors.NotInBase, 422, "Compare files of the same model: tensors are matched by name and shape."),
+    (errors.NoMatrices, 422, "`skipped` tells why each tensor was left out."),
+)
 PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
+    **{kind: Problem(kind.kind, status, kind.title, advice) for kind, status, advice in UPLOADS},
     errors.MalformedJson: Problem(
         "malformed-json",
         400,
         "The body is not strict JSON",
         "Send UTF-8 JSON without duplicate keys, NaN or Infinity.",
-    ),
-    errors.MalformedArray: _upload_problem(errors.MalformedArray, 400, "Save it again; `detail` names what is wrong."),
-    errors.MalformedArchive: _upload_problem(
-        errors.MalformedArchive, 400, "Save it again; `detail` names what is wrong."
     ),
     errors.MalformedMultipart: Problem(
         "malformed-multipart", 400, "The multipart body is malformed", "Send one file part, or the bytes as the body."
@@ -70,10 +76,6 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.BodyTooLarge: Problem(
         "body-too-large", 413, "The body is too large", "`GET /limits` tells how large it may be."
     ),
-    errors.ArrayTooLarge: _upload_problem(errors.ArrayTooLarge, 413, "`GET /limits` tells how large a matrix may be."),
-    errors.ArchiveTooLarge: _upload_problem(
-        errors.ArchiveTooLarge, 413, "`GET /limits` tells how much an archive may hold."
-    ),
     errors.UnsupportedMediaType: Problem(
         "unsupported-media-type",
         415,
@@ -98,19 +100,6 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.BadRequestValue: Problem(
         "validation-error", 422, "The request was refused", "`errors` names each field, its value and its limit."
     ),
-    errors.PickleForbidden: _upload_problem(errors.PickleForbidden, 422, "Save numbers, not Python objects."),
-    errors.UnsafeCheckpoint: _upload_problem(errors.UnsafeCheckpoint, 422, "Save a plain state dict, or safetensors."),
-    errors.UnsupportedDtype: _upload_problem(
-        errors.UnsupportedDtype, 422, "Save real numbers; bfloat16 and float8 as safetensors."
-    ),
-    errors.UnsupportedShape: _upload_problem(
-        errors.UnsupportedShape, 422, "Send a non-empty array of 2 to 64 dimensions."
-    ),
-    errors.NonFiniteValues: _upload_problem(errors.NonFiniteValues, 422, "Look where the first one comes from."),
-    errors.NotInBase: _upload_problem(
-        errors.NotInBase, 422, "Compare files of the same model: tensors are matched by name and shape."
-    ),
-    errors.NoMatrices: _upload_problem(errors.NoMatrices, 422, "`skipped` tells why each tensor was left out."),
     errors.BudgetExceeded: Problem(
         "budget-exceeded", 422, "All together this asks too much", "`figure` and `limit` tell by how much."
     ),
@@ -158,12 +147,6 @@ def _allowed(request: Request) -> str:
     path = request.scope["path"]
     methods = {name for pattern, names in request.app.state.methods if pattern.match(path) for name in names}
     return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-
-
-def reported(error: dict[str, str]) -> errors.RankscopeError:
-    """The error that a job ended with, for a request that waited for it: what the route would have raised."""
-    kind = next(kind for kind, problem in PROBLEMS.items() if problem.slug == error["type"])
-    return kind(error["detail"])
 
 
 def translate(error: Exception) -> errors.RankscopeError:

@@ -5,7 +5,7 @@ Rules choose ranks for W/2^exponent as they would for W: nothing but a norm depe
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,20 @@ def compression_of(row: TensorRow, rule: Rule) -> dict[str, Any]:
     return rescaled(report, row.exponent)
 
 
+def compression_or_reason(row: TensorRow, rule: Rule) -> dict[str, Any]:
+    """The same, or why the rule does not suit this one of many tensors."""
+    return rescaled(report_or_reason(spectrum_of(row), matrix_shape(row), row.dtype, rule), row.exponent)
+
+
 def table_of(row: TensorRow) -> list[dict[str, Any]]:
     """All rules at their defaults, side by side."""
-    reports = (report_or_reason(spectrum_of(row), matrix_shape(row), row.dtype, rule) for rule in DEFAULTS.values())
-    return [rescaled(report, row.exponent) for report in reports]
+    return [compression_or_reason(row, rule) for rule in DEFAULTS.values()]
 
 
-def tensor(row: TensorRow, fields: dict[str, Any] | None, top_k: int) -> dict[str, Any]:
-    """One tensor of an analysis: analysed, pending, or skipped with the reason."""
+def tensor(
+    row: TensorRow, fields: dict[str, Any] | None, table: list[dict[str, Any]] | None, top_k: int
+) -> dict[str, Any]:
+    """One tensor of an analysis: pending, skipped with the reason, or analysed, with its fields and its table."""
     head = {
         "name": row.name,
         "shape": row.shape,
@@ -75,18 +81,18 @@ def tensor(row: TensorRow, fields: dict[str, Any] | None, top_k: int) -> dict[st
         "detail": row.detail,
         "notes": row.notes,
     }
-    if fields is None:
+    if fields is None or table is None:
         return head
-    short = [{name: report.get(name) for name in TABLE} for report in table_of(row)]
-    report = compression_of(row, DEFAULTS["energy"])
-    return {**head, "singular_values": values_of(row)[:top_k], **fields, "compression": {**report, "table": short}}
+    short = [{name: report.get(name) for name in TABLE} for report in table]
+    # The first rule of the table is the default one.
+    return {**head, "singular_values": values_of(row)[:top_k], **fields, "compression": {**table[0], "table": short}}
 
 
-def totals(rows: Sequence[TensorRow], report: Callable[[TensorRow], dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the analysed layers, as one choice of ranks would have them."""
-    found = analysed(rows)
-    reports = [report(row) for row in found]
-    before, after = (sum(one[f"parameters_{when}"] for one in reports) for when in ("before", "after"))
+def totals(rows: Sequence[TensorRow], reports: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the layers that have a report, by position: what one choice of ranks would make of the model."""
+    found = [row for row in rows if row.position in reports]
+    listed = [reports[row.position] for row in found]
+    before, after = (sum(one[f"parameters_{when}"] for one in listed) for when in ("before", "after"))
     return {
         "tensors": len(rows),
         **{status: sum(row.status == status for row in rows) for status in ("analysed", "skipped", "pending")},
@@ -94,13 +100,13 @@ def totals(rows: Sequence[TensorRow], report: Callable[[TensorRow], dict[str, An
         "parameters_after": after,
         "kept_fraction": after / before if before else None,
         "times_smaller": before / after if after else None,
-        "bytes_before": sum(one["bytes_before"] for one in reports),
-        "bytes_after": sum(one["bytes_after"] for one in reports),
-        "relative_frobenius_error": _joint_error(found, [one["relative_frobenius_error"] for one in reports]),
+        "bytes_before": sum(one["bytes_before"] for one in listed),
+        "bytes_after": sum(one["bytes_after"] for one in listed),
+        "relative_frobenius_error": joint_error(found, [one["relative_frobenius_error"] for one in listed]),
     }
 
 
-def _joint_error(rows: Sequence[TensorRow], errors: Sequence[float]) -> float | None:
+def joint_error(rows: Sequence[TensorRow], errors: Sequence[float]) -> float | None:
     """√(Σ_l energy lost by l/Σ_l ‖W_l‖²), over the largest norm, so that no square overflows."""
     norms = [(float(np.sqrt(np.square(spectrum_of(row)).sum())), row.exponent) for row in rows]
     largest = max((exponent for norm, exponent in norms if norm), default=0)

@@ -1,4 +1,7 @@
-"""Which rule chooses a layer's rank: the parameters of every request that names one."""
+"""Which rule chooses a layer's rank: the parameters of every request that names one.
+
+A new rule: a name and a case in `lowrank/compression.py`; here its parameter if it has one, and its default.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ from service.errors import BadRequestValue
 from service.lowrank import compression
 from service.lowrank.compression import Rule
 from service.lowrank.ranks import Array, Shape
-from service.schemas import RuleName, RuleParameters
+from service.schemas import RuleParameters
 
 PARAMETERS: dict[str, str] = {
     "rank": "rank",
@@ -26,12 +29,6 @@ DEFAULTS: dict[str, Rule] = {
 }
 
 
-class RuleQuery(RuleParameters):
-    """A rule and the parameter that it takes."""
-
-    rule: RuleName = "energy"
-
-
 def check_parameters(rule: str, given: RuleParameters) -> None:
     """Raise BadRequestValue for a parameter of another rule, and for one that is missing."""
     wanted = PARAMETERS.get(rule)
@@ -42,15 +39,12 @@ def check_parameters(rule: str, given: RuleParameters) -> None:
         raise BadRequestValue("rank", None, "must be given for rule=rank")
 
 
-def rules_of(rule: RuleName, given: RuleParameters) -> list[Rule]:
-    """The rule asked for with its parameter, or all at their defaults. Raises BadRequestValue."""
-    check_parameters(rule, given)
-    if rule == "all":
-        return list(DEFAULTS.values())
-    name = PARAMETERS.get(rule)
-    if name is None or (value := getattr(given, name)) is None:
-        return [DEFAULTS[rule]]
-    return [Rule(rule, **{name: value})]
+def rule_of(name: compression.RuleName, given: RuleParameters) -> Rule:
+    """The rule with its parameter, given or default. Raises BadRequestValue."""
+    check_parameters(name, given)
+    wanted = PARAMETERS.get(name)
+    value = None if wanted is None else getattr(given, wanted)
+    return DEFAULTS[name] if wanted is None or value is None else Rule(name, **{wanted: value})
 
 
 def report_or_reason(s: Array, shape: Shape, dtype: str, rule: Rule) -> dict[str, Any]:

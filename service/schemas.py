@@ -6,7 +6,16 @@ Every bound on a field stands on the field; `resolve` adds what only holds betwe
 import unicodedata
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 from service.errors import BadRequestValue, BudgetExceeded
 from service.lowrank import compression
@@ -23,7 +32,9 @@ Target = Literal["tanh", "relu", "identity"]
 Activation = Literal["tanh", "relu", "sigmoid", "identity"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Priority = Literal["low", "normal", "high"]
-RuleName = Literal[compression.RuleName, "all"]  # not a union: a refusal would name its members
+# Not unions: a refusal would name their members.
+RuleOrAll = Literal[compression.RuleName, "all"]
+RuleOrBudget = Literal[compression.RuleName, "global_budget"]
 PresetName = Literal["memo", "memo-adamw", "small-init", "raw-relu", "no-decay"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -261,20 +272,32 @@ class RuleParameters(BaseModel):
     fraction: float | None = Field(None, gt=0, le=1, description="for the budgets (0.5): of the parameters kept")
 
 
+FactorsFormat = Literal["safetensors", "npz", "peft"]
+FactorDtype = Literal["float64", "float32", "float16", "bfloat16"]
+Split = Literal["balanced", "left"]
+
+
 class FactorsSpec(RuleParameters):
     """Which rank each layer of an analysis is factored at, and how the factors are stored."""
 
     model_config = Strict.model_config
 
-    rule: Literal[compression.RuleName, "global_budget"] = "energy"
+    rule: RuleOrBudget = "energy"
     weighting: Weighting = "relative"
     layers: list[Annotated[str, StringConstraints(max_length=1000)]] | None = Field(
         None, max_length=100_000, description="names of those to factor; the others stay dense. null: all"
     )
-    format: Literal["safetensors", "npz", "peft"] = "safetensors"
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
+    format: FactorsFormat = "safetensors"
+    dtype: FactorDtype | None = Field(
         None, description="null: float64 for what is stored in it or in integers, else float32"
     )
-    split: Literal["balanced", "left"] = Field("balanced", description="B = U√Σ, A = √ΣVᵀ; or B = UΣ, A = Vᵀ")
+    split: Split = Field("balanced", description="B = U√Σ, A = √ΣVᵀ; or B = UΣ, A = Vᵀ")
     name: Name | None = None
     priority: Priority = "normal"
+
+    @field_validator("dtype")
+    @classmethod
+    def _named_by_the_format(cls, dtype: FactorDtype | None, info: ValidationInfo) -> FactorDtype | None:
+        if dtype == "bfloat16" and info.data.get("format") == "npz":
+            raise ValueError(".npz has no name for bfloat16; take safetensors, or another dtype")
+        return dtype

@@ -115,7 +115,8 @@ def start_server(data: Path, workers: int = 1, **environment: str) -> Server:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **environment}
         )
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    # On a busy machine the worker's first job may take longer than the ten seconds that are waited by default.
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers={"prefer": "wait=30"})
 
     def healthy() -> bool:
         assert process.poll() is None, log.read_text()

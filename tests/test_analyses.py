@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sqlite3
 from typing import Any
 
 import numpy as np
@@ -271,7 +272,7 @@ def test_the_picture_of_one_layer_is_drawn_for_a_zero_matrix_too(server: Server)
         ("/spectrum?layer=none", "validation-error"),
         ("/spectrum?layer=all&format=npy", "validation-error"),
         ("/spectrum?format=gif", "validation-error"),
-        ("/spectrum?rule=all&format=png", "validation-error"),
+        ("/spectrum?rule=all", "validation-error"),
         ("/spectrum?width=1000000000", "validation-error"),
         ("/spectrum?dpi=1000000", "validation-error"),
         ("?top_k=0", "validation-error"),
@@ -347,16 +348,42 @@ def test_a_difference_is_analysed_tensor_by_tensor(server: Server, layers: dict[
 
 
 def test_the_same_bytes_are_decomposed_once_unless_asked_otherwise(server: Server) -> None:
-    matrix = np.random.default_rng(9).standard_normal((700, 700))
-    content = saved(matrix)
+    content = saved(np.random.default_rng(9).standard_normal((30, 20)))
     first = server.analyze(content)
-    with_log = server.log.read_text().count("\n")
+    with sqlite3.connect(server.data / "rankscope.sqlite3") as database:
+        database.execute("UPDATE tensors SET notes = '[\"taken over\"]' WHERE job_id = ?", (first["id"],))
+    database.close()
     second, third = server.analyze(content), server.analyze(content, reuse=False)
-    assert len({one["id"] for one in (first, second, third)}) == 3
-    assert first["tensors"] == second["tensors"] == third["tensors"]
-    assert with_log <= server.log.read_text().count("\n")
-    kernel = saved(matrix.reshape(700, 7, 100))
-    assert server.client.post("/analyze?matricize=none", content=kernel).status_code == 422
+    assert [state["tensors"][0]["notes"] for state in (second, third)] == [["taken over"], []]
+    assert len({state["id"] for state in (first, second, third)}) == 3
+    for state in (first, second, third):
+        assert state["progress"] == {"done": 1, "total": 1}
+        assert values_of(state).tolist() == values_of(first).tolist()
+    unread = server.client.post("/analyze?matricize=none", content=saved(np.ones((3, 2, 2))))
+    problem(unread, 422, "unsupported-shape")
+
+
+def test_the_tag_of_a_running_analysis_changes_with_what_it_has_found(server: Server) -> None:
+    rng = np.random.default_rng(4)
+    content = save_safetensors({f"{i}": torch.from_numpy(rng.standard_normal((800, 800))) for i in range(4)})
+    path = server.client.post("/analyze?top_k=1", content=content, headers={"prefer": "wait=0"}).headers["location"]
+    seen: dict[str, int] = {}
+
+    def over() -> bool:
+        answer = server.client.get(path, params={"top_k": 1})
+        found = answer.json()["totals"]["analysed"]
+        assert seen.setdefault(answer.headers["etag"], found) == found
+        return bool(answer.json()["status"] == "succeeded")
+
+    wait_for(over, "the analysis")
+    assert max(seen.values()) == 4
+
+
+def test_a_shares_name_that_a_tensor_has_is_refused_not_overwritten(server: Server) -> None:
+    state = server.analyze(save_safetensors({"a": torch.eye(3), "a_normalized": torch.ones(3, 3)}))
+    path = f"/analyses/{state['id']}/spectrum?format=npz"
+    problem(server.client.get(f"{path}&normalize=true"), 422, "validation-error")
+    assert set(np.load(io.BytesIO(server.client.get(path).content))) == {"a", "a_normalized"}
 
 
 def test_an_analysis_can_be_canceled_deleted_and_leaves_no_file(server: Server) -> None:

@@ -62,16 +62,18 @@ def test_an_api_killed_while_it_takes_an_upload_leaves_no_file_and_no_row(tmp_pa
     assert stop_server(second) == 0
 
 
-def test_files_that_no_job_has_are_removed_at_the_next_start(tmp_path: Path) -> None:
+def test_uploads_whose_job_was_never_stored_are_removed_and_no_others(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", workers=0)
     kept = server.client.post("/analyze", content=saved(np.eye(3)), headers={"prefer": "wait=0"}).json()["id"]
     assert stop_server(server) == 0
-    uploads = server.data / "uploads"
-    for name in ("00000000-0000-7000-8000-000000000000", "00000000-0000-7000-8000-000000000001"):
+    uploads, past = server.data / "uploads", (0, 0)
+    old, fresh, foreign = (f"00000000-0000-7000-8000-00000000000{i}" for i in range(3))
+    for name in (old, fresh, foreign):
         (uploads / name).mkdir()
-    for folder, age in ((kept, 9000), ("00000000-0000-7000-8000-000000000000", 9000)):
-        past = (uploads / folder).stat().st_mtime - age
-        os.utime(uploads / folder, (past, past))
+    for name in (old, fresh, kept):
+        (uploads / name / "incoming").touch()
+    for name in (old, kept):
+        os.utime(uploads / name / "incoming", past)
     second = start_server(tmp_path / "data", workers=0)
-    assert {path.name for path in uploads.iterdir()} == {kept, "00000000-0000-7000-8000-000000000001"}
+    assert {path.name for path in uploads.iterdir()} == {kept, fresh, foreign}
     assert stop_server(second) == 0

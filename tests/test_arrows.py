@@ -19,11 +19,15 @@ def modules_after(statement: str) -> set[str]:
     ("statement", "forbidden"),
     [
         ("import service.app; service.app.create_app()", ("worker", *HEAVY)),
-        ("import service.cli, service.serving, service.demo", ("worker", *HEAVY)),
+        ("import service.cli, service.serving, service.demo, service.analyze", ("worker", *HEAVY)),
+        ("import service.uploads", ("worker", "numpy", "fastapi", "pydantic", "sqlalchemy", *HEAVY)),
         ("import service.lowrank", ("worker", "service.store", "sqlalchemy", "fastapi", "pydantic", *HEAVY)),
         ("import service.render", ("worker", "service.store", "sqlalchemy", "matplotlib.pyplot", "torch")),
         ("import worker.loop", ("fastapi", "service.app", *HEAVY)),
-        ("import worker.job, worker.experiment", ("fastapi", "service.app", "matplotlib", "torch._dynamo")),
+        (
+            "import worker.job, worker.analysis, worker.factors",
+            ("fastapi", "service.app", "matplotlib", "torch._dynamo"),
+        ),
     ],
 )
 def test_a_package_loads_nothing_it_must_not(statement: str, forbidden: tuple[str, ...]) -> None:

@@ -49,6 +49,7 @@ def test_a_bad_file_gets_its_status_and_type(torch_server: Server, bad: Bad) -> 
     if bad.where == "data":
         job = torch_server.client.get(answer.headers["location"]).json()
         assert (job["status"], job["error"]["type"]) == ("failed", bad.slug)
+        assert {tensor["status"] for tensor in job["tensors"]} == {"skipped"}
         assert job["error"]["detail"] == answer.json()["detail"]
 
 
@@ -94,6 +95,9 @@ for _ in range(40):
         pytest.param(torch_file({"w": torch.eye(3, dtype=torch.complex64)}), 422, "unsupported-dtype", id="complex"),
         pytest.param(torch_file({"w": torch.eye(3, dtype=torch.int64)}), 422, "no-matrices", id="integers"),
         pytest.param(torch_file({"epoch": 3}), 422, "no-matrices", id="no tensors"),
+        pytest.param(
+            torch_file({"a": {"b": torch.eye(2)}, "a.b": torch.eye(3)}), 400, "malformed-archive", id="one name for two"
+        ),
         pytest.param(torch_file({"w": torch.full((2, 2), torch.inf)}), 422, "non-finite-values", id="infinite"),
         pytest.param(torch_file({"a": NESTED}), 413, "archive-too-large", id="2^40 empty tuples"),
         pytest.param(

@@ -10,6 +10,7 @@ from service.lowrank.ranks import Array
 from service.settings import Settings
 from service.store import Found
 from service.uploads import Tensor
+from service.uploads.checks import require_matrix
 from worker.decompose import AT_ONCE, spectra
 from worker.devices import choose_device, environment
 from worker.reading import Matrix
@@ -29,12 +30,18 @@ def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
     left = recorder.read(lambda session: store.pending(session, recorder.token.job_id))
     works = {position: tensor.work for position, tensor in enumerate(source.tensors)}
     done = sum(work for position, work in works.items() if position not in left)
+    recorder.progress(done)
+    for position in sorted(at for at in left if source.tensors[at].refusal is not None):  # They are not in the base.
+        left.remove(position)
+        recorder.add(Found(position, refusal=source.tensors[position].refusal), done)
+    require_matrix(source.tensors)
+    is_alone = source.n_matrices == 1
     for batch in _batches(source.tensors, left):
         for found in _analyse(source, batch, device):
-            if source.n_matrices == 1 and found.refusal is not None:
-                raise found.refusal
             done += works[found.position]
             recorder.add(found, done)
+            if is_alone and found.refusal is not None:
+                raise found.refusal
     recorder.end("succeeded")
 
 

@@ -19,11 +19,10 @@ from service.errors import (
     UnsupportedDtype,
     UploadError,
 )
-from service.lowrank.compression import item_bytes
 from service.lowrank.ranks import MANTISSA_BITS
 from service.uploads import Limits, Place, Tensor
 from service.uploads.checkpoint import storages
-from service.uploads.checks import label, require_matrix, shape_refusal
+from service.uploads.checks import label, require_distinct, shape_refusal
 
 MEMORY = 2 << 30  # Bytes of address space that the unpickling may add: its file is at most 32 MiB.
 CPU_S = 60  # Past it the kernel ends the process: a tuple of tuples of … takes for ever to hash.
@@ -37,8 +36,8 @@ def read_checkpoint(path: Path, limits: Limits) -> tuple[Tensor, ...]:
         stored = storages(file, path.stat().st_size, limits)
     with _restrained():
         found = _named(_load(path), limits)
-        tensors = tuple(_checked(name, value, stored, limits) for name, value in found.items())
-    require_matrix(tensors)
+        tensors = tuple(_checked(name, value, stored, limits) for name, value in found)
+    require_distinct(tensors, MalformedArchive)
     return tensors
 
 
@@ -74,9 +73,9 @@ def _load(path: Path) -> Any:
         raise MalformedArchive(f"torch cannot read it: {type(error).__name__}") from None
 
 
-def _named(loaded: Any, limits: Limits) -> dict[str, torch.Tensor]:
-    """Dotted name → tensor, in the file's order. Raises ArchiveTooLarge for too many, or too deep or wide a nest."""
-    found: dict[str, torch.Tensor] = {}
+def _named(loaded: Any, limits: Limits) -> list[tuple[str, torch.Tensor]]:
+    """Dotted names and tensors, in the file's order. Raises ArchiveTooLarge for too many, or too deep a nest."""
+    found: list[tuple[str, torch.Tensor]] = []
     left = 100 * limits.tensors
 
     def walk(value: Any, names: tuple[str, ...]) -> None:
@@ -85,7 +84,7 @@ def _named(loaded: Any, limits: Limits) -> dict[str, torch.Tensor]:
         if left < 0 or len(names) > DEEPEST or len(found) > limits.tensors:
             raise ArchiveTooLarge(f"it holds more than {limits.tensors} tensors, or nests deeper than {DEEPEST}")
         if isinstance(value, torch.Tensor):
-            found[label(".".join(names)) or "array"] = value
+            found.append((label(".".join(names)) or "array", value))
         elif isinstance(value, dict):
             for key, item in value.items():
                 walk(item, (*names, str(key)))
@@ -100,24 +99,20 @@ def _named(loaded: Any, limits: Limits) -> dict[str, torch.Tensor]:
 def _checked(name: str, value: torch.Tensor, stored: dict[int, int], limits: Limits) -> Tensor:
     """The tensor as the format checks would describe it; refused where it is not the plain matrix that it may be."""
     dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
-    tensor = Tensor(name, dtype, shape)
     try:
-        _check_kind(value, dtype)
-        if (refusal := shape_refusal(shape, limits)) is not None and len(shape) > 1:
-            raise refusal
-        return Tensor(name, dtype, shape, **_layout(value, dtype, stored), refusal=refusal)
+        if value.layout != torch.strided or value.is_quantized:
+            raise UnsupportedDtype("only dense tensors are analysed, no sparse or quantized ones")
+        layout = _layout(value, dtype, stored)
     except UploadError as error:
-        return Tensor(tensor.name, tensor.dtype, tensor.shape, refusal=error)
+        return Tensor(name, dtype, shape, refusal=error)
+    return Tensor(name, dtype, shape, **layout, refusal=_kind_refusal(dtype) or shape_refusal(shape, limits))
 
 
-def _check_kind(value: torch.Tensor, dtype: str) -> None:
-    if value.layout != torch.strided or value.is_quantized:
-        raise UnsupportedDtype("only dense tensors are analysed, no sparse or quantized ones")
-    if dtype not in FLOATS:
-        is_integer = not dtype.startswith("complex")
-        raise UnsupportedDtype(
-            "integers: an index or a buffer, no weight" if is_integer else f"{dtype} is no real type"
-        )
+def _kind_refusal(dtype: str) -> UnsupportedDtype | None:
+    if dtype in FLOATS:
+        return None
+    complex_numbers = dtype.startswith("complex")
+    return UnsupportedDtype("complex numbers" if complex_numbers else "integers: an index or a buffer, no weight")
 
 
 def _layout(value: torch.Tensor, dtype: str, stored: dict[int, int]) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def _layout(value: torch.Tensor, dtype: str, stored: dict[int, int]) -> dict[str
 
     A stride of 0 makes of a few bytes a matrix of any size: there may be no more entries than the storage holds.
     """
-    size, storage = item_bytes(dtype), value.untyped_storage()
+    size, storage = value.element_size(), value.untyped_storage()
     if value.numel() * size > storage.nbytes():
         raise ArrayTooLarge(f"its {value.numel()} entries are a view of only {storage.nbytes()} bytes")
     start = getattr(storage, "_checkpoint_offset", None)

@@ -9,17 +9,17 @@ from sqlalchemy.orm import Session
 
 from service import files, intake, jobs, listing, reports, store, views
 from service.context import JSON_ONLY, OWNER, Context, Here
-from service.errors import BadRequestValue, BudgetExceeded, NotFound
+from service.errors import BadRequestValue, BudgetExceeded, NotFound, refusal_of
 from service.intake import Received
-from service.problems import BY_SLUG, problem_response, reported
-from service.representations import ANSWER_LIMIT, FIELD_COUNT
-from service.rules import DEFAULTS
+from service.problems import problem_response
+from service.representations import ANSWER_LIMIT
 from service.schemas import Name, Priority
 from service.store import JobRow, TensorRow
 from service.uploads import Matricize, Upload, inspect
 
 router = APIRouter(tags=["analyses"])
 KIND = "analysis"
+TENSOR_VALUES = 70  # What is said of each tensor besides its singular values: ranks and norms, a report, a table.
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -80,18 +80,20 @@ async def analyze(here: Here, request: Request, query: Annotated[AnalyzeQuery, Q
 def _create(here: Context, upload: Received, query: AnalyzeQuery) -> JobRow:
     """Check the file's headers, shapes and sizes, keep it and queue the job. Raises UploadError and others."""
     found = inspect(upload.file, upload.size, here.settings.upload_limits(query.matricize))
-    with here.database.write.begin() as session:
-        base = _base(session, query.base)
-        job = _job(upload, found, query, base)
-        row = store.create_job(session, job, here.settings.queue_limit)
-        store.add_tensors(session, row.id, found.tensors)
-        try:
-            files.keep(upload.file, files.upload_path(here.settings.data, row.id))
+    data, job_id = here.settings.data, store.new_id()
+    files.expect(data, job_id)
+    try:
+        with here.database.write.begin() as session:
+            base = _base(session, query.base)
+            row = store.create_job(session, _job(upload, found, query, base), here.settings.queue_limit, job_id)
+            store.add_tensors(session, job_id, found.tensors)
+            files.keep(upload.file, files.upload_path(data, job_id))
             if base is not None:
-                files.share(files.upload_path(here.settings.data, base.id), files.base_path(here.settings.data, row.id))
-        except BaseException:
-            files.remove_job(here.settings.data, row.id)
-            raise
+                files.share(files.upload_path(data, base.id), files.base_path(data, job_id))
+    except BaseException:
+        files.remove_job(data, job_id)
+        raise
+    files.arrived(data, job_id)
     return row
 
 
@@ -117,7 +119,6 @@ def _job(upload: Received, found: Upload, query: AnalyzeQuery, base: JobRow | No
             "device": "auto",
             "matricize": query.matricize,
             "reuse": query.reuse,
-            "priority": query.priority,
             "base": query.base,
             "base_sha256": None if base is None else base.upload,
             "source": {"format": found.format, "bytes": upload.size, "sha256": upload.sha256},
@@ -127,8 +128,8 @@ def _job(upload: Received, found: Upload, query: AnalyzeQuery, base: JobRow | No
 
 def _answer(here: Context, request: Request, row: JobRow, top_k: int | None, headers: dict[str, str]) -> Response:
     """The report, 202 while it is not whole; a refusal that only the job could find is the problem all the same."""
-    if row.status == "failed" and row.error is not None and row.error["type"] in BY_SLUG:
-        return problem_response(request, reported(row.error), headers=headers)
+    if row.error is not None and (refusal := refusal_of(row.error["type"], row.error["detail"])) is not None:
+        return problem_response(request, refusal, headers=headers)
     with here.database.read.begin() as session:
         rows = store.tensors(session, row.id)
     status = 200 if row.status in store.TERMINAL else 202
@@ -138,8 +139,9 @@ def _answer(here: Context, request: Request, row: JobRow, top_k: int | None, hea
 def _report(row: JobRow, rows: list[TensorRow], top_k: int | None) -> dict[str, Any]:
     fields = reports.fields_of(rows)
     shown = _shown(rows, top_k)
-    listed = [reports.tensor(tensor, fields.get(tensor.position), shown) for tensor in rows]
-    sums = reports.totals(rows, lambda tensor: reports.compression_of(tensor, DEFAULTS["energy"]))
+    tables = {tensor.position: reports.table_of(tensor) for tensor in reports.analysed(rows)}
+    listed = [reports.tensor(one, fields.get(one.position), tables.get(one.position), shown) for one in rows]
+    sums = reports.totals(rows, {position: table[0] for position, table in tables.items()})
     return {**views.analysis(row), "top_k": shown, "tensors": listed, "totals": sums}
 
 
@@ -148,13 +150,13 @@ def _shown(rows: list[TensorRow], top_k: int | None) -> int:
     lengths = [min(reports.matrix_shape(row)) for row in reports.analysed(rows)]
 
     def figure(most: int) -> int:
-        return sum(FIELD_COUNT + min(most, length) for length in lengths)
+        return sum(TENSOR_VALUES + min(most, length) for length in lengths)
 
     if top_k is not None:
         if figure(top_k) > ANSWER_LIMIT:
             raise BudgetExceeded("values in the answer", figure(top_k), ANSWER_LIMIT, "take a smaller top_k, or npz")
         return top_k
-    return next((most for most in (512, 128, 32, 8) if figure(most) <= ANSWER_LIMIT), 1)
+    return next((most for most in (reports.TOP_K, 128, 32, 8) if figure(most) <= ANSWER_LIMIT), 1)
 
 
 @router.get("/analyses", response_model=views.AnalysisList, dependencies=JSON_ONLY)

@@ -1,6 +1,7 @@
 """Spectra and compression reports of an analysis: every one a function of the stored singular values."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,11 +15,12 @@ from service.errors import BadRequestValue, InvalidState, SpectrumNotReady
 from service.http import choose_format, unchanged
 from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
+from service.lowrank.compression import RuleName
 from service.pictures import ModelSpectra, Size, profile
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
-from service.rules import BUDGET, check_parameters, rules_of
-from service.schemas import RuleName, RuleParameters
+from service.rules import BUDGET, check_parameters, rule_of
+from service.schemas import RuleOrAll, RuleParameters
 from service.store import JobRow, TensorRow, spectrum_of
 
 router = APIRouter(prefix="/analyses", tags=["analyses"])
@@ -51,7 +53,7 @@ class AnalysisSpectrumQuery(PictureQuery):
 class AnalysisCompressionQuery(PictureQuery):
     """By which rule ranks are chosen, for one layer, for each, or for all with one budget."""
 
-    rule: Literal[RuleName, "global_budget"] = "energy"
+    rule: Literal[RuleOrAll, "global_budget"] = "energy"
     weighting: Weighting = Field("relative", description="global_budget: lost energies over ‖W‖², or as they are")
 
 
@@ -69,17 +71,19 @@ async def _answer(
     return Response(await here.drawing.draw(path, *task), headers=headers, media_type=MEDIA_TYPES[form[0]])
 
 
-def _prepare(here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build) -> Any:
+def _prepare(
+    here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build
+) -> Response | tuple[dict[str, str], Path, Task]:
     name, query = form
     with here.database.read.begin() as session:
         row = store.get_job(session, KIND, OWNER, analysis_id)
         headers = views.validators(row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
+        path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)
+        if name in PICTURES and (cached := files.read_cached(path)) is not None:
+            return Response(cached, headers=headers, media_type=MEDIA_TYPES[name])
         rows = store.tensors(session, row.id)
-    path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)
-    if name in PICTURES and (cached := files.read_cached(path)) is not None:
-        return Response(cached, headers=headers, media_type=MEDIA_TYPES[name])
     built = build(row, rows)
     if isinstance(built, bytes):
         return Response(built, headers=headers, media_type=MEDIA_TYPES[name])
@@ -111,8 +115,6 @@ async def spectrum(
     """Singular values of one tensor or of all; a picture of one, or a heat map of the whole model."""
     form = choose_format(query.format, request.headers.get("accept"), SPECTRUM_FORMATS)
     check_parameters(query.rule, query)
-    if query.rule == "all":
-        raise BadRequestValue("rule", "all", "marks no single rank")
 
     def build(row: JobRow, rows: list[TensorRow]) -> bytes | Task:
         chosen = _chosen(row, rows, query.layer)
@@ -128,7 +130,7 @@ def _picture(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery,
         names = tuple(one.name for one in chosen)
         model = ModelSpectra(title, names, np.stack([profile(spectrum_of(one)) for one in chosen]))
         return (f"heatmap_{form}", model, size)
-    (rule,) = rules_of(query.rule, query)
+    rule = rule_of(query.rule, query)
     return (f"layer_{form}", plans.marked_layer(chosen[0], rule, title, query.top_k, query.scale), size)
 
 
@@ -149,6 +151,10 @@ def _numbers(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery,
             return representations.to_npy(next(iter((scaled or values).values())))
         case "npz":
             extra = {f"{name}_normalized": s for name, s in scaled.items()}
+            if taken := values.keys() & extra.keys():
+                raise BadRequestValue(
+                    "normalize", True, f"the file has a tensor called {min(taken)!r}; take json or csv"
+                )
             return representations.to_npz({**values, **extra})
         case "csv":
             return representations.tensors_csv({"value": values, **({"normalized": scaled} if scaled else {})})
@@ -201,10 +207,11 @@ async def compression(
 def _report(rows: list[TensorRow], chosen: list[TensorRow], query: AnalysisCompressionQuery) -> dict[str, Any]:
     if query.rule == "global_budget":
         return plans.budget_report(rows, query.fraction or BUDGET, query.weighting)
-    rules, every = rules_of(query.rule, query), query.rule == "all"
-    if len(chosen) == 1 and query.layer != "all":
-        return plans.layer_report(chosen[0], rules, every=every)
-    return plans.model_report(rows, rules, every=every)
+    is_one = len(chosen) == 1 and query.layer != "all"
+    if query.rule == "all":
+        return plans.layer_table(chosen[0]) if is_one else plans.model_table(rows)
+    rule = rule_of(query.rule, query)
+    return plans.layer_report(chosen[0], rule) if is_one else plans.model_report(rows, rule)
 
 
 def _table(report: dict[str, Any]) -> bytes:

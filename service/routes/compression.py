@@ -13,22 +13,23 @@ from service.http import unchanged
 from service.lowrank import compression
 from service.lowrank.ranks import Array
 from service.routes.spectrum import chosen_layers
-from service.rules import RuleQuery, report_or_reason, rules_of
-from service.schemas import WEIGHT_DTYPE, ExperimentSpec
+from service.rules import DEFAULTS, check_parameters, report_or_reason, rule_of
+from service.schemas import WEIGHT_DTYPE, ExperimentSpec, RuleOrAll, RuleParameters
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 
 
-class CompressionQuery(RuleQuery):
+class CompressionQuery(RuleParameters):
     """Which layer, and by which rule its rank is chosen."""
 
     layer: str | None = Field(None, max_length=3, description="W1, W2, …; W2 if left out")
+    rule: RuleOrAll = "energy"
 
 
 @router.get("/{experiment_id}/compression", dependencies=JSON_ONLY)
 def report(here: Here, request: Request, experiment_id: str, query: Annotated[CompressionQuery, Query()]) -> Response:
     """The report for one layer at the last recorded epoch: a rule's rank, and errors, loss and R² for every rank."""
-    rules = rules_of(query.rule, query)
+    check_parameters(query.rule, query)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", OWNER, experiment_id)
         last = store.last_epoch(session, row.id)
@@ -44,9 +45,10 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
     shape = spec.shapes[layer]
     head = {"experiment_id": row.id, "layer": layer, "epoch": last, "shape": shape, "dtype": WEIGHT_DTYPE}
     if query.rule == "all":
-        body = {**head, "rule": "all", "rules": [report_or_reason(s, shape, WEIGHT_DTYPE, rule) for rule in rules]}
+        rules = [report_or_reason(s, shape, WEIGHT_DTYPE, rule) for rule in DEFAULTS.values()]
+        body = {**head, "rule": "all", "rules": rules}
     else:
-        body = {**head, **compression.report(s, shape, WEIGHT_DTYPE, rules[0])}
+        body = {**head, **compression.report(s, shape, WEIGHT_DTYPE, rule_of(query.rule, query))}
     return Response(
         representations.to_json({**body, "curve": _curve(s, shape, cuts)}),
         headers=headers,

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service import files, jobs, plans, reports, store, views
 from service.context import JSON_ONLY, OWNER, Body, Here, takes
 from service.downloads import download
-from service.errors import BadRequestValue, InvalidState, NotAcceptable, NotFound
+from service.errors import InvalidState, NotAcceptable, NotFound
 from service.http import etag
 from service.routes import analyses
 from service.schemas import FactorsSpec
@@ -33,15 +33,15 @@ class FactorsQuery(BaseModel):
 def create(here: Here, analysis_id: str, body: Body) -> Response:
     """Write the layers as factors `name.A` (r×n) and `name.B` (m×r), at a rule's ranks, or as an adapter for PEFT."""
     spec = FactorsSpec.model_validate(body)
-    if spec.format == "npz" and spec.dtype == "bfloat16":
-        raise BadRequestValue("/dtype", spec.dtype, "has no name in .npz; take safetensors")
-    with here.database.write.begin() as session:
+    with here.database.read.begin() as session:
         analysis = store.get_job(session, analyses.KIND, OWNER, analysis_id)
         rows = store.tensors(session, analysis.id)
-        if analysis.status != "succeeded" or not reports.analysed(rows):
-            raise InvalidState(f"the analysis {analysis.status}, with {len(reports.analysed(rows))} tensors analysed")
-        plans.choices_for(rows, spec)
-        jobs.check_disk(here, analysis.spec["source"]["bytes"])
+    if analysis.status != "succeeded" or not reports.analysed(rows):
+        raise InvalidState(f"the analysis {analysis.status}, with {len(reports.analysed(rows))} tensors analysed")
+    plans.choices_for(rows, spec)
+    jobs.check_disk(here, analysis.spec["source"]["bytes"])
+    with here.database.write.begin() as session:
+        store.get_job(session, analyses.KIND, OWNER, analysis_id)  # It may have been deleted meanwhile.
         row = store.create_job(session, _job(spec, analysis), here.settings.queue_limit)
     headers = {"location": f"/analyses/{analysis_id}/factors/{row.id}"}
     return jobs.answer(row, views.factors(row, None), status=202, headers=headers)
@@ -92,9 +92,8 @@ def read(
     if manifest is None:
         raise InvalidState(f"the job is {row.status}: there is no file")
     path = files.factors_path(here.settings.data, row.id, row.attempt, made)
-    name = f"{row.id}.{'zip' if made == 'peft' else made}"
     headers = {"etag": etag(manifest["sha256"]), "cache-control": "private, max-age=31536000, immutable"}
-    return download(request, path, name, headers)
+    return download(request, path, f"{row.id}{path.suffix}", headers)
 
 
 @router.post("/{factors_id}/cancel", response_model=views.Factors, responses={202: {}}, dependencies=JSON_ONLY)

@@ -13,6 +13,7 @@ from service.store.jobs import (
     get_job,
     list_jobs,
     missing,
+    new_id,
     rename_job,
 )
 from service.store.queue import (
@@ -89,6 +90,7 @@ __all__ = [
     "manifest",
     "migrate",
     "missing",
+    "new_id",
     "pending",
     "record_crash",
     "record_found",

@@ -20,7 +20,12 @@ def now() -> int:
     return time.time_ns() // 1000
 
 
-def create_job(session: Session, job: dict[str, Any], queue_limit: int) -> JobRow:
+def new_id() -> str:
+    """A UUIDv7."""
+    return str(uuid6.uuid7())
+
+
+def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: str | None = None) -> JobRow:
     """Queue a job; `job` holds kind, owner, name, tags, spec, priority and total, and perhaps upload and parent.
 
     Raises QueueFull.
@@ -30,7 +35,7 @@ def create_job(session: Session, job: dict[str, Any], queue_limit: int) -> JobRo
         raise QueueFull(f"{waiting} jobs wait, the limit is {queue_limit}; try again when some have run")
     row = JobRow(
         **{**job, "priority": PRIORITIES[job["priority"]]},
-        id=str(uuid6.uuid7()),
+        id=job_id or new_id(),
         status="queued",
         created_at=now(),
         attempt=0,

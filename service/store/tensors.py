@@ -63,9 +63,12 @@ def adopt_twin(session: Session, token: Token) -> None:
     if (source := _twin(session, token.job_id)) is None:
         return
     columns = [column for column in TensorRow.__table__.columns if column.name != "job_id"]
-    copied = select(literal(token.job_id), *columns).where(TensorRow.job_id == source)
+    copied = select(literal(token.job_id), *columns).where(TensorRow.job_id == source.id)
     session.execute(delete(TensorRow).where(TensorRow.job_id == token.job_id))
     session.execute(insert(TensorRow).from_select(["job_id", *(column.name for column in columns)], copied))
+    # The numbers come from where and what the other one ran with.
+    adopted = {"total": source.total, "environment": source.environment}
+    session.execute(update(JobRow).where(JobRow.id == token.job_id).values(adopted))
 
 
 def record_found(session: Session, token: Token, found: Sequence[Found]) -> None:
@@ -104,15 +107,17 @@ def spectrum_of(row: TensorRow) -> Array:
     return np.frombuffer(row.spectrum or b"", FLOAT64)
 
 
-def _twin(session: Session, job_id: str) -> str | None:
-    """A finished analysis by the same owner."""
+def _twin(session: Session, job_id: str) -> JobRow | None:
+    """A finished analysis of the same bytes by the same owner, by this version of the program."""
     own = session.get_one(JobRow, job_id)
     query = select(JobRow).where(
         JobRow.upload == own.upload, JobRow.owner == own.owner, JobRow.kind == own.kind, JobRow.status == "succeeded"
     )
-    same = ("matricize", "base_sha256")
-    rows = session.scalars(query.order_by(JobRow.created_at))
-    return next((row.id for row in rows if all(row.spec[name] == own.spec[name] for name in same)), None)
+
+    def signs(row: JobRow) -> tuple[Any, ...]:
+        return (row.spec["matricize"], row.spec["base_sha256"], (row.environment or {}).get("versions"))
+
+    return next((row for row in session.scalars(query.order_by(JobRow.created_at)) if signs(row) == signs(own)), None)
 
 
 def add_manifest(session: Session, token: Token, manifest: dict[str, Any]) -> None:

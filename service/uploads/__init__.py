@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 from service.errors import MalformedArchive, MalformedArray, UnsupportedMediaType
 from service.uploads import archive, checkpoint, npy, npz, safetensors
-from service.uploads.checks import read_at, require_matrix
+from service.uploads.checks import read_at, require_distinct, require_matrix
 from service.uploads.model import Format, Limits, Matricize, Place, Tensor, Upload
 
 __all__ = ["Format", "Limits", "Matricize", "Place", "Tensor", "Upload", "inspect"]
@@ -45,8 +45,7 @@ def _inspect_zip(file: BinaryIO, size: int, limits: Limits) -> Upload:
 
 def _usable(tensors: tuple[Tensor, ...], malformed: type[MalformedArray | MalformedArchive]) -> tuple[Tensor, ...]:
     """The tensors; raises if two have one name (`a` and `a.npy` would) or if none is left to analyse."""
-    if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise malformed("two tensors have names that are shown alike")
+    require_distinct(tensors, malformed)
     require_matrix(tensors)
     return tensors
 

@@ -1,9 +1,18 @@
 """Rules that every format shares: how a name is shown, how large a matrix may be, what is left when nothing is left."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import BinaryIO
 
-from service.errors import ArrayTooLarge, NoMatrices, UnsupportedDtype, UnsupportedShape, UploadError
+from service.errors import (
+    ArrayTooLarge,
+    MalformedArchive,
+    MalformedArray,
+    NoMatrices,
+    UnsupportedDtype,
+    UnsupportedShape,
+    UploadError,
+)
 from service.uploads.model import Limits, Tensor
 
 MAX_AXES = 64  # numpy's own bound
@@ -82,7 +91,13 @@ def shape_refusal(shape: tuple[int, ...], limits: Limits) -> UploadError | None:
     return None
 
 
-def require_matrix(tensors: tuple[Tensor, ...]) -> None:
+def require_distinct(tensors: Sequence[Tensor], malformed: type[MalformedArray | MalformedArchive]) -> None:
+    """Raise if two tensors have one name, as `a` and `a.npy` would."""
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise malformed("two tensors have names that are shown alike")
+
+
+def require_matrix(tensors: Sequence[Tensor]) -> None:
     """Raise if no tensor is left to analyse: the one fault there is, or else that there is no matrix."""
     if not all(tensor.refusal for tensor in tensors):
         return
