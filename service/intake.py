@@ -44,7 +44,7 @@ async def received(here: Context, request: Request) -> AsyncIterator[Received]:
     if declared > limit + OVERHEAD:
         raise _too_large(limit)
     jobs.check_disk(here, declared)
-    with files.nameless(here.settings.data) as file:
+    with files.nameless(here.settings.data / "uploads") as file:
         digest, size = hashlib.sha256(), 0
 
         def save(part: bytes) -> None:
@@ -57,6 +57,7 @@ async def received(here: Context, request: Request) -> AsyncIterator[Received]:
             if size > limit:
                 raise _too_large(limit)
             await run_in_threadpool(save, part)
+        await run_in_threadpool(files.settle, file)
         yield Received(file, size, digest.hexdigest())
 
 

@@ -179,3 +179,16 @@ def test_names_that_would_collide_fail_the_job_and_say_so(server: Server) -> Non
     error = server.client.get(path).json()["error"]
     assert (error["type"], "w.A" in error["detail"]) == ("cannot-factor", True)
     problem(server.client.get(f"{path}?format=safetensors"), 409, "invalid-state")
+
+
+def test_a_canceled_job_leaves_no_file(server: Server) -> None:
+    weights = {"large": torch.randn(2500, 2500, generator=torch.Generator().manual_seed(0)), "a": WEIGHTS["a.weight"]}
+    analysis = server.analyze(save_safetensors(weights))
+    body = {"rule": "rank", "rank": 10}
+    path = server.client.post(f"/analyses/{analysis['id']}/factors", json=body).headers["location"]
+    folder = server.data / "factors" / path.rpartition("/")[2]
+    wait_for(folder.exists, "the file to be begun")
+    assert server.client.post(f"{path}/cancel").status_code == 202
+    wait_for(lambda: server.client.get(path).json()["status"] in OVER, "the end")
+    assert server.client.get(path).json()["status"] == "canceled"
+    assert list(folder.iterdir()) == []

@@ -28,14 +28,15 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_nameless_upload_is_seen_only_once_it_is_kept(tmp_path: Path) -> None:
     path = files.upload_path(tmp_path, "job")
-    with files.nameless(tmp_path) as file:
+    with files.nameless(tmp_path / "uploads") as file:
         file.write(b"whole")
+        files.settle(file)
         assert list((tmp_path / "uploads").iterdir()) == []
         files.keep(file, path)
         files.share(path, files.base_path(tmp_path, "other"))
     files.remove_job(tmp_path, "job")
     assert files.base_path(tmp_path, "other").read_bytes() == b"whole"
-    with files.nameless(tmp_path) as file:
+    with files.nameless(tmp_path / "uploads") as file:
         file.write(b"never kept")
     assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["other"]
 

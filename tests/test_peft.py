@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from tests.worker.test_factor_files import Upload
-from worker.factor_files import write_factors
-from worker.factor_layout import Options
+from tests.worker.test_factor_files import Weights, plan, source_of, write, zeros
 
 RANKS = {
     "fc": 1,
@@ -54,11 +52,11 @@ for folder in Path(sys.argv[1]).iterdir():
 """
 
 # The dtype of the model, and how its adapter is stored.
-CASES = {
-    "single": ("float32", Options("peft", "float32", "balanced")),
-    "double": ("float64", Options("peft", "float64", "left")),
-    "brain": ("float32", Options("peft", "bfloat16", "balanced")),
-    "one": ("float32", Options("peft")),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "single": ("float32", {"dtype": "float32", "split": "balanced"}),
+    "double": ("float64", {"dtype": "float64", "split": "left"}),
+    "brain": ("float32", {"dtype": "bfloat16", "split": "balanced"}),
+    "one": ("float32", {}),
 }
 
 
@@ -101,16 +99,13 @@ def update_of(name: str, weight: torch.Tensor) -> torch.Tensor:
     return (low + 0.1 * torch.randn(m, n, generator=generator)).reshape(weight.shape)
 
 
-def difference(case: str) -> Upload:
-    network = Network()
-    upload = Upload([], is_difference=True)
-    for name, values in network.state_dict().items():
-        module = name.removesuffix(".weight")
-        update = update_of(module, values) if name.endswith(".weight") else torch.zeros_like(values)
-        upload.tensors.append((name, update, RANKS.get(module)))
-    if case == "one":
-        upload.tensors = [each for each in upload.tensors if each[0] == "fc.weight"]
-    return upload
+def updates_of(case: str) -> Weights:
+    """What the weights are more than those of the base."""
+    updates = {
+        name: update_of(name.removesuffix(".weight"), values) if name.endswith(".weight") else torch.zeros_like(values)
+        for name, values in Network().state_dict().items()
+    }
+    return {"fc.weight": updates["fc.weight"]} if case == "one" else updates
 
 
 @dataclass
@@ -132,9 +127,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
     """Every case, written here and loaded in one process of PEFT's."""
     zips, folders = tmp_path_factory.mktemp("zips"), tmp_path_factory.mktemp("adapters")
     manifests = {}
-    for case, (_, options) in CASES.items():
-        upload = difference(case)
-        manifests[case] = write_factors(zips / case, upload.planned, upload, options, lambda _: None)
+    for case, (_, stored) in CASES.items():
+        updates = updates_of(case)
+        source = source_of(zips / "data", save(updates), zeros(updates))
+        planned = plan(source, {f"{module}.weight": rank for module, rank in RANKS.items()})
+        manifests[case] = write(zips / case, source, planned, format="peft", **stored)
         with zipfile.ZipFile(zips / case) as archive:
             archive.extractall(folders / case)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -160,13 +157,14 @@ def test_peft_adds_what_the_factors_promise(adapters: dict[str, Adapter], case: 
     adapter = adapters[case]
     held, found = adapter.held, adapter.updates
     assert held.keys() == {f"{name}.weight" for name in RANKS} - {"block.zero.weight"}
-    for name, update, rank in difference(case).tensors:
+    for name, update in updates_of(case).items():
         if name not in held:
             assert not found[f"merged/{name}"].any()
             continue
         a, b = (adapter.factors[key] for key in held[name]["tensors"])
         product = (b.flatten(1) @ a.flatten(1)).reshape(update.shape)
-        assert a.shape[0] == b.shape[1] == held[name]["rank"] == (rank or min(update.flatten(1).shape))
+        assert a.shape[0] == b.shape[1] == held[name]["rank"]
+        assert held[name]["rank"] == (RANKS[name.removesuffix(".weight")] or min(update.flatten(1).shape))
         for kind in (f"delta/{name.removesuffix('.weight')}", f"merged/{name}"):
             torch.testing.assert_close(found[kind], product, rtol=0, atol=1e-6)
             promised = held[name]["relative_frobenius_error"]
@@ -194,7 +192,7 @@ def test_a_module_whose_name_only_ends_alike_is_left_alone(adapters: dict[str, A
 
 
 def test_rounded_factors_are_as_far_off_as_was_measured(adapters: dict[str, Adapter]) -> None:
-    updates = {name: values for name, values, _ in difference("brain").tensors}
+    updates = updates_of("brain")
     for name, layer in adapters["brain"].held.items():
         found = distance(adapters["brain"].updates[f"merged/{name}"], updates[name])
         assert found == pytest.approx(layer["measured_error"], abs=1e-5)

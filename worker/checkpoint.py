@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from service.dtypes import FLOATS
 from service.errors import (
     ArchiveTooLarge,
     ArrayTooLarge,
@@ -19,7 +20,6 @@ from service.errors import (
     UnsupportedDtype,
     UploadError,
 )
-from service.lowrank.ranks import MANTISSA_BITS
 from service.uploads import Limits, Place, Tensor
 from service.uploads.checkpoint import storages
 from service.uploads.checks import label, require_distinct, shape_refusal
@@ -27,7 +27,6 @@ from service.uploads.checks import label, require_distinct, shape_refusal
 MEMORY = 2 << 30  # Bytes of address space that the unpickling may add: its file is at most 32 MiB.
 CPU_S = 60  # Past it the kernel ends the process: a tuple of tuples of … takes for ever to hash.
 DEEPEST = 16
-FLOATS = {"float64", "float32", *MANTISSA_BITS}
 
 
 def read_checkpoint(path: Path, limits: Limits) -> tuple[Tensor, ...]:

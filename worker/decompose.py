@@ -13,11 +13,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from service.dtypes import NARROW
 from service.errors import NoConvergence
-from service.lowrank.ranks import MANTISSA_BITS, Array
+from service.lowrank.ranks import Array
 from worker.networks import Tensor, as_numpy, namespace_of
 
-NARROW = frozenset({"float32", *MANTISSA_BITS})
 # Just above it the Gram matrix was wrong by 1.5e-10·σ₁ at most in 39 000 matrices of 1 to 300 a side, worst where half
 # of the σ lie there, and by 2.6e-10·σ₁ at 3072 a side; just above 1e-6 it would be 1.8e-9·σ₁.
 GRAM_LIMIT = 1e-5

@@ -12,27 +12,19 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, assert_never
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 
 from service import files
+from service.dtypes import DTYPES
 from service.errors import CannotFactor
-from worker.factor_layout import (
-    SAFETENSORS,
-    Layer,
-    Options,
-    Planned,
-    Stored,
-    adapter_config,
-    describe,
-    lay_out,
-    with_errors,
-)
+from service.schemas import FactorsFormat, FactorsSpec
+from worker.factor_layout import Layer, Planned, Stored, adapter_config, describe, lay_out, with_errors
 from worker.factoring import Errors, auto_dtype, dense, factor, widened
-from worker.reading import Matrix
+from worker.source import Source
 
 MAX_METADATA = 1 << 20  # Characters; headers of 2 MiB and more are refused by our own reader.
 
@@ -40,40 +32,29 @@ Chunk = bytes | memoryview
 Add = Callable[[Stored, Iterable[Chunk]], None]
 
 
-class Source(Protocol):
-    """The upload's tensors by their position in the plan."""
-
-    @property
-    def is_difference(self) -> bool:
-        """Whether a base is subtracted."""
-
-    def matrix(self, position: int) -> Matrix:
-        """The tensor, less its counterpart in the base where there is one."""
-
-    def raw(self, position: int) -> Iterator[bytes]:
-        """Its own entries as they are stored, little-endian and in C order."""
-
-
 def write_factors(
-    path: Path, planned: Sequence[Planned], source: Source, options: Options, tick: Callable[[int], None]
+    path: Path, planned: Sequence[Planned], source: Source, spec: FactorsSpec, tick: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Write the file, in a folder that is there, and tell what is in it.
+    """Write the file, which must not be there, in a folder that is made for it, and tell what is in it.
 
     After each tensor, in the order of the file, `tick` is given its `work`; what it raises ends the writing, and then
     no file is left. Raises CannotFactor, NoConvergence, and what the source raises.
     """
-    layers = lay_out(planned, options, is_difference=source.is_difference)
-    manifest = describe(layers, options, is_difference=source.is_difference)
+    layers = lay_out(planned, spec, is_difference=source.is_difference)
+    manifest = describe(layers, spec, is_difference=source.is_difference)
     errors: dict[int, Errors | None] = {}
-    with files.replacing(path) as file:
-        with _writer(file, layers, manifest) as add:
+    with files.nameless(path.parent) as file:
+        with _writer(file, spec.format, layers, manifest) as add:
             for layer in _in_file_order(layers):
-                errors[layer.position] = _write_layer(layer, source, options, add)
+                errors[layer.position] = _write_layer(layer, source, spec, add)
                 tick(layer.tensor.work)
         manifest["layers"] = [with_errors(entry, errors[i]) for i, entry in enumerate(manifest["layers"])]
         manifest["bytes"] = file.seek(0, os.SEEK_END)
         file.seek(0)
+        # BinaryIO leaves out `readinto`, which every file has.
         manifest["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        files.settle(file)
+        files.keep(file, path)
     return manifest
 
 
@@ -82,13 +63,13 @@ def _in_file_order(layers: Sequence[Layer]) -> list[Layer]:
     return sorted(layers, key=lambda layer: -max((stored.item_bytes for stored in layer.stored), default=0))
 
 
-def _write_layer(layer: Layer, source: Source, options: Options, add: Add) -> Errors | None:
+def _write_layer(layer: Layer, source: Source, spec: FactorsSpec, add: Add) -> Errors | None:
     """Its errors; None for what is no matrix or is not in the file."""
     if not layer.stored:
         return None
-    first, dtype = layer.stored[0], options.dtype or auto_dtype(layer.tensor.dtype)
+    first, dtype = layer.stored[0], spec.dtype or auto_dtype(layer.tensor.dtype)
     if layer.rank is not None:
-        factors = factor(source.matrix(layer.position), layer.rank, dtype, options.split)
+        factors = factor(source.matrix(layer.position), layer.rank, dtype, spec.split)
         for stored, values in zip(layer.stored, (factors.a, factors.b), strict=True):
             add(stored, [_bytes_of(values)])
         return factors.errors
@@ -106,14 +87,18 @@ def _bytes_of(values: torch.Tensor) -> memoryview:
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _writer(file: IO[bytes], layers: Sequence[Layer], manifest: dict[str, Any]) -> AbstractContextManager[Add]:
-    match manifest["format"]:
+def _writer(
+    file: IO[bytes], file_format: FactorsFormat, layers: Sequence[Layer], manifest: dict[str, Any]
+) -> AbstractContextManager[Add]:
+    match file_format:
         case "safetensors":
             return _safetensors(file, layers, manifest)
         case "npz":
             return _npz(file)
-        case _:
+        case "peft":
             return _adapter(file, layers, manifest)
+        case _:
+            assert_never(file_format)
 
 
 @contextmanager
@@ -174,7 +159,7 @@ def _header(layers: Sequence[Layer], manifest: dict[str, Any]) -> bytes:
         for stored in layer.stored:
             start, end = end, end + stored.n_bytes
             header[stored.name] = {
-                "dtype": SAFETENSORS[stored.dtype],
+                "dtype": DTYPES[stored.dtype].code,
                 "shape": stored.shape,
                 "data_offsets": [start, end],
             }

@@ -11,36 +11,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from service.dtypes import DTYPES, item_bytes
 from service.errors import CannotFactor, MalformedArchive, MalformedArray
-from service.lowrank.compression import item_bytes
+from service.schemas import FactorsFormat, FactorsSpec
 from service.uploads import Tensor
-from worker.factoring import FLOAT8, FORMULAS, Errors, FactorDtype, Split, auto_dtype
+from worker.factoring import FORMULAS, Errors, auto_dtype
 
-FileFormat = Literal["safetensors", "npz", "peft"]
 Verdict = Literal["factored", "dense", "copied", "left_out"]
 
-SAFETENSORS = {
-    **{f"{name}{bits}": f"{code}{bits}" for name, code in (("int", "I"), ("uint", "U")) for bits in (8, 16, 32, 64)},
-    "bool": "BOOL", "complex64": "C64", "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-NPZ = (set(SAFETENSORS) - {"bfloat16", *FLOAT8}) | {"float128", "complex128", "complex256"}
-WIDENED = {"bfloat16", "float128", *FLOAT8}  # Stored in their auto dtype where the format has no name for them.
 SUFFIX = ".weight"
 PEFT_NOTE = (
     "Each layer is taken for the weight of a torch.nn.Linear, or of a convolution where it has 3 to 5 axes; PEFT has "
     "other names or shapes for an Embedding and for grouped or transposed convolutions, and does not load them."
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """How factors are stored; no dtype means each layer's auto dtype. An npz has no bfloat16."""
-
-    format: FileFormat
-    dtype: FactorDtype | None = None
-    split: Split = "balanced"
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Stored:
     @property
     def item_bytes(self) -> int:
         """Bytes of one entry."""
-        return 1 if self.dtype in FLOAT8 else item_bytes(self.dtype)
+        return item_bytes(self.dtype)
 
     @property
     def n_bytes(self) -> int:
@@ -83,35 +66,34 @@ class Layer:
     stored: tuple[Stored, ...] = ()
 
 
-def lay_out(planned: Sequence[Planned], options: Options, *, is_difference: bool) -> list[Layer]:
+def lay_out(planned: Sequence[Planned], spec: FactorsSpec, *, is_difference: bool) -> list[Layer]:
     """What becomes of every tensor, in their order. Raises CannotFactor."""
-    assert options.format != "npz" or options.dtype != "bfloat16"  # noqa: S101 - the route refuses it
-    if options.format == "peft":
-        layers = [_in_adapter(position, each, options) for position, each in enumerate(planned)]
+    if spec.format == "peft":
+        layers = [_in_adapter(position, each, spec) for position, each in enumerate(planned)]
     else:
-        layers = [_in_model(position, each, options, is_difference) for position, each in enumerate(planned)]
-    _refuse_collisions(layers, options.format)
-    if options.format == "peft" and not any(layer.stored for layer in layers):
+        layers = [_in_model(position, each, spec, is_difference) for position, each in enumerate(planned)]
+    _refuse_collisions(layers, spec.format)
+    if spec.format == "peft" and not any(layer.stored for layer in layers):
         raise CannotFactor("an adapter would be empty: no layer's name ends in .weight and has a rank above 0")
     return layers
 
 
-def describe(layers: Sequence[Layer], options: Options, *, is_difference: bool) -> dict[str, Any]:
+def describe(layers: Sequence[Layer], spec: FactorsSpec, *, is_difference: bool) -> dict[str, Any]:
     """The manifest, as far as it is known beforehand. Totals are of what the file holds, not of what is left out."""
     entries = [_entry(layer) for layer in layers]
     held = [entry for entry in entries if entry["verdict"] != "left_out"]
     totals = {key: sum(entry[key] for entry in held) for key in ("parameters_before", "parameters_after")}
     verdicts = Counter(layer.verdict for layer in layers)
     manifest = {
-        "format": options.format,
-        "dtype": options.dtype or "auto",
-        "split": options.split,
-        "formula": FORMULAS[options.split],
+        "format": spec.format,
+        "dtype": spec.dtype or "auto",
+        "split": spec.split,
+        "formula": FORMULAS[spec.split],
         "difference": is_difference,
         "layers": entries,
         "totals": totals | {verdict: verdicts[verdict] for verdict in ("factored", "dense", "copied", "left_out")},
     }
-    return manifest | {"note": PEFT_NOTE} if options.format == "peft" else manifest
+    return manifest | {"note": PEFT_NOTE} if spec.format == "peft" else manifest
 
 
 def with_errors(entry: dict[str, Any], errors: Errors | None) -> dict[str, Any]:
@@ -158,26 +140,26 @@ def _any_of(names: Sequence[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, names))})"
 
 
-def _in_model(position: int, planned: Planned, options: Options, is_difference: bool) -> Layer:
+def _in_model(position: int, planned: Planned, spec: FactorsSpec, is_difference: bool) -> Layer:
     tensor, rank = planned.tensor, planned.rank
     if tensor.refusal is None and rank is not None:
         m, n = tensor.matrix_shape
-        dtype = options.dtype or auto_dtype(tensor.dtype)
+        dtype = spec.dtype or auto_dtype(tensor.dtype)
         stored = (Stored(f"{tensor.name}.A", dtype, (rank, n)), Stored(f"{tensor.name}.B", dtype, (m, rank)))
         return Layer(position, tensor, "factored", planned.reason, rank, stored)
     if is_difference and tensor.refusal is not None:
         return _left_out(position, planned, "not copied, as the file is of differences")
     if is_difference:
-        return _whole(position, planned, "dense", options.dtype or auto_dtype(tensor.dtype))
+        return _whole(position, planned, "dense", spec.dtype or auto_dtype(tensor.dtype))
     if tensor.place is None or isinstance(tensor.refusal, MalformedArchive | MalformedArray):
         return _left_out(position, planned, "its entries cannot be read")
-    held_as = _held_as(tensor.dtype, options.format)
+    held_as = _held_as(tensor.dtype, spec.format)
     if held_as is None or tensor.shape is None:
-        return _left_out(position, planned, f"{options.format} cannot hold {tensor.dtype or 'it'}")
+        return _left_out(position, planned, f"{spec.format} cannot hold {tensor.dtype or 'it'}")
     return _whole(position, planned, "dense" if tensor.refusal is None else "copied", held_as)
 
 
-def _in_adapter(position: int, planned: Planned, options: Options) -> Layer:
+def _in_adapter(position: int, planned: Planned, spec: FactorsSpec) -> Layer:
     tensor = planned.tensor
     module = tensor.name.removesuffix(SUFFIX)
     if tensor.refusal is not None:
@@ -188,7 +170,7 @@ def _in_adapter(position: int, planned: Planned, options: Options) -> Layer:
         return _left_out(position, planned, "PEFT adapts weights of 2 to 5 axes")
     if planned.rank == 0:
         return _left_out(position, planned, "what is zero needs no adapter")
-    dtype = options.dtype or auto_dtype(tensor.dtype)
+    dtype = spec.dtype or auto_dtype(tensor.dtype)
     rank = planned.rank or min(tensor.matrix_shape)
     name, ones = f"base_model.model.{module}", (1,) * (len(tensor.shape) - 2)
     stored = (
@@ -208,14 +190,17 @@ def _whole(position: int, planned: Planned, verdict: Verdict, dtype: str) -> Lay
     return Layer(position, tensor, verdict, reason, None, (Stored(tensor.name, dtype, tensor.shape or ()),))
 
 
-def _held_as(dtype: str, file_format: FileFormat) -> str | None:
-    """The dtype that a tensor copied whole has in the file."""
-    if dtype in (NPZ if file_format == "npz" else SAFETENSORS):
+def _held_as(dtype: str, file_format: FactorsFormat) -> str | None:
+    """The dtype that a tensor copied whole has in the file: its own where the format has a name for that."""
+    known = DTYPES.get(dtype)
+    if known is None or known.bits % 8:  # Unknown, or with entries that share bytes.
+        return None
+    if known.in_numpy if file_format == "npz" else known.code:
         return dtype
-    return auto_dtype(dtype) if dtype in WIDENED else None
+    return auto_dtype(dtype) if known.kind == "float" else None
 
 
-def _refuse_collisions(layers: Sequence[Layer], file_format: FileFormat) -> None:
+def _refuse_collisions(layers: Sequence[Layer], file_format: FactorsFormat) -> None:
     names = Counter(stored.name for layer in layers for stored in layer.stored)
     names["__metadata__"] += file_format != "npz"  # Reserved in safetensors.
     if file_format == "npz":  # numpy takes `a.npy` for `a`.

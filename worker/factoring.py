@@ -6,27 +6,24 @@ rounded once, to the dtype that they are stored in, and the measured error is th
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.dtypes import NARROW, item_bytes
 from service.errors import CannotFactor
-from service.lowrank.compression import item_bytes, relative_errors
+from service.lowrank.compression import relative_errors
 from service.lowrank.ranks import Array
+from service.schemas import FactorDtype, Split
 from worker.decompose import svd
 from worker.reading import Matrix
-
-Split = Literal["balanced", "left"]
-FactorDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 FORMULAS: dict[Split, str] = {
     "balanced": "W ≈ B·A, where W = UΣVᵀ is cut at the layer's rank, B = U√Σ and A = √ΣVᵀ",
     "left": "W ≈ B·A, where W = UΣVᵀ is cut at the layer's rank, B = UΣ and A = Vᵀ",
 }
-FLOAT8 = {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
-NARROW = {"float32", "float16", "bfloat16", *FLOAT8}
 BLOCK_ENTRIES = 1 << 20  # The product is compared by blocks of rows, so that it never exists as a whole.
 
 
@@ -96,7 +93,7 @@ def rounded(values: Array, exponent: int, dtype: FactorDtype) -> torch.Tensor:
 
 def widened(chunks: Iterable[bytes], dtype: str, wider: FactorDtype) -> Iterator[bytes]:
     """The same numbers in another dtype, for a format that has no name for theirs; a chunk may end within a number."""
-    size, rest = item_bytes(dtype) if dtype not in FLOAT8 else 1, b""
+    size, rest = item_bytes(dtype), b""
     for chunk in chunks:
         rest += chunk
         whole = len(rest) // size * size

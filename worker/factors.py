@@ -11,7 +11,7 @@ from service.store import TensorRow
 from service.uploads import Tensor
 from worker.devices import environment
 from worker.factor_files import write_factors
-from worker.factor_layout import Options, Planned
+from worker.factor_layout import Planned
 from worker.recorder import Recorder
 from worker.source import Source
 
@@ -26,7 +26,6 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
     source = Source.of(settings, analysis.id, analysis.spec)
     choices = plans.choices_for(rows, spec)
     planned = [_planned(tensor, row, choices) for tensor, row in zip(source.tensors, rows, strict=True)]
-    options = Options(spec.format, spec.dtype, spec.split)
     done = 0
 
     def tick(work: int) -> None:
@@ -36,8 +35,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
 
     token = recorder.token
     path = files.factors_path(settings.data, token.job_id, token.attempt, spec.format)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest = write_factors(path, planned, source, options, tick)
+    manifest = write_factors(path, planned, source, spec, tick)
     recorder.end("succeeded", write=lambda session, token: store.add_manifest(session, token, manifest))
 
 

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.dtypes import DTYPES, item_bytes
 from service.errors import MalformedArchive, NonFiniteValues
-from service.lowrank.compression import item_bytes
 from service.lowrank.ranks import Array
 from service.uploads import Place, Tensor
 
 PIECE = 1 << 20  # Bytes at a time.
 EXACT = 2**53  # Integers beyond it need not be float64 numbers.
 SAFE_EXPONENT = 400  # Squares of entries below 2^400, and above 2^-400, are float64 numbers, and so are their sums.
-ONLY_TORCH = {"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,20 @@ def read_matrix(path: Path, tensor: Tensor, base: tuple[Path, Tensor] | None = N
 
 def raw_bytes(path: Path, tensor: Tensor) -> Iterator[bytes]:
     """The entries as they are stored, but little-endian and in C order. Raises MalformedArchive."""
-    size, pieces = item_bytes(tensor.dtype), _pieces(path, tensor, item_bytes(tensor.dtype))
-    if tensor.fortran:
-        whole = np.frombuffer(b"".join(pieces), f"V{size}").reshape(tensor.shape or (-1,), order="F")
-        pieces = iter([whole.tobytes()])
-    for piece in pieces:
+    size = item_bytes(tensor.dtype)
+    for piece in _rows(path, tensor) if tensor.fortran else _pieces(path, tensor, size):
         yield np.frombuffer(piece, np.uint8).reshape(-1, size)[:, :: -1 if tensor.big_endian else 1].tobytes()
+
+
+def _rows(path: Path, tensor: Tensor) -> Iterator[bytes]:
+    """The entries of a tensor in Fortran order, in C order; they are held once."""
+    size, whole = item_bytes(tensor.dtype), bytearray()
+    for piece in _pieces(path, tensor, size):
+        whole += piece
+    array = np.frombuffer(whole, f"V{size}").reshape(tensor.shape or (-1,), order="F")
+    step = max(PIECE * len(array) // max(len(whole), 1), 1)
+    for start in range(0, len(array), step):
+        yield array[start : start + step].tobytes()
 
 
 def _add(values: Array, path: Path, tensor: Tensor, sign: int) -> int:
@@ -78,7 +85,7 @@ def _add(values: Array, path: Path, tensor: Tensor, sign: int) -> int:
 
 
 def _decoded(data: bytes, tensor: Tensor) -> NDArray[Any]:
-    if tensor.dtype in ONLY_TORCH:
+    if not DTYPES[tensor.dtype].in_numpy:
         narrow = torch.frombuffer(bytearray(data), dtype=getattr(torch, tensor.dtype))
         return narrow.to(torch.float64).numpy()
     return np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder(">" if tensor.big_endian else "<"))

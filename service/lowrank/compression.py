@@ -9,13 +9,12 @@ from typing import Any, Literal, assert_never
 
 import numpy as np
 
+from service.dtypes import item_bytes
 from service.errors import BadRequestValue
 from service.lowrank import noise, ranks
 from service.lowrank.ranks import SLACK, Array, Shape
 
 RuleName = Literal["rank", "energy", "error", "budget", "entropy_rank", "optimal", "spikes"]
-# The dtypes that numpy has no name for.
-ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1}
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,6 @@ def break_even_rank(shape: Shape) -> int:
     """The largest r with r(m + n) < mn; 0 where no factorisation saves."""
     m, n = shape
     return (m * n - 1) // (m + n)
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one stored entry."""
-    return ITEM_BYTES.get(dtype) or np.dtype(dtype).itemsize
 
 
 def relative_errors(s: Array) -> Array:

@@ -8,18 +8,12 @@ has rank 0 under every notion.
 import numpy as np
 from numpy.typing import NDArray
 
+from service.dtypes import MANTISSA_BITS
+
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]
 
 SLACK = 1e-12  # Relative; σ that equal a threshold up to rounding must not depend on the machine.
-MANTISSA_BITS = {
-    "float16": 10,
-    "bfloat16": 7,
-    "float8_e4m3fn": 3,
-    "float8_e4m3fnuz": 3,
-    "float8_e5m2": 2,
-    "float8_e5m2fnuz": 2,
-}
 
 
 def spectral_norm(s: Array) -> Array:

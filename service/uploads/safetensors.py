@@ -2,6 +2,7 @@
 
 from typing import Any, BinaryIO
 
+from service.dtypes import DTYPES
 from service.errors import ArchiveTooLarge, MalformedArray, MalformedJson, UnsupportedDtype, UploadError
 from service.strictjson import parse_json
 from service.uploads.checks import MAX_AXES, MAX_INT, count_entries, excerpt, figure, label, read_at, shape_refusal
@@ -10,27 +11,7 @@ from service.uploads.model import Limits, Place, Tensor
 FORMAT_HEADER = 100_000_000  # The format's own bound.
 MAX_HEADER = 2 * 2**20  # 10 000 tensors with names of 100 characters; parsed, it takes up to 30 times that in memory.
 
-_INTEGERS = {f"I{bits}": (f"int{bits}", bits) for bits in (8, 16, 32, 64)}
-_INTEGERS |= {f"U{bits}": (f"uint{bits}", bits) for bits in (8, 16, 32, 64)}
-_INTEGERS["BOOL"] = ("bool", 8)
-_FLOATS = {
-    "F64": ("float64", 64),
-    "F32": ("float32", 32),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-}
-_OTHERS = {
-    "C64": ("complex64", 64),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "F6_E2M3": ("float6_e2m3fn", 6),
-    "F6_E3M2": ("float6_e3m2fn", 6),
-    "F4": ("float4_e2m1fn", 4),
-}
-_DTYPES = _INTEGERS | _FLOATS | _OTHERS
+_DTYPES = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 
 
 def inspect(file: BinaryIO, size: int, limits: Limits) -> tuple[Tensor, ...]:
@@ -70,13 +51,13 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 def _tensor(name: str, entry: object, start: int, limits: Limits) -> tuple[Tensor, Place]:
     shown = label(name)
     dtype, shape, begin, end = _fields(entry, excerpt(name))
-    declared = (count_entries(shape) * _DTYPES[dtype][1] + 7) // 8
+    declared = (count_entries(shape) * _DTYPES[dtype].bits + 7) // 8
     if end - begin != declared:
         raise MalformedArray(f"{excerpt(name)}: {dtype} of its shape is {figure(declared)} bytes, not {end - begin}")
     place = Place(start + begin, end - begin)
     refusal = _dtype_refusal(dtype) or shape_refusal(shape, limits)
     kept = shape if len(shape) <= MAX_AXES else None
-    return Tensor(shown, _DTYPES[dtype][0], kept, place, refusal=refusal), place
+    return Tensor(shown, _DTYPES[dtype].name, kept, place, refusal=refusal), place
 
 
 def _fields(entry: object, name: str) -> tuple[str, tuple[int, ...], int, int]:
@@ -98,9 +79,9 @@ def _are_sizes(values: object) -> bool:
 
 
 def _dtype_refusal(dtype: str) -> UploadError | None:
-    if dtype in _INTEGERS:
+    if _DTYPES[dtype].kind == "integer":
         return UnsupportedDtype("integers: an index or a buffer, no weight")
-    if dtype in _OTHERS:
+    if _DTYPES[dtype].kind == "other":
         return UnsupportedDtype(f"entries of type {dtype} are not analysed; F64, F32, F16, BF16 and F8 are")
     return None
 

@@ -1,11 +1,14 @@
 """Files of factors, read back by the libraries that people read them with."""
 
 import hashlib
+import io
 import json
 import math
+import os
+import tracemalloc
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +19,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from safetensors.torch import save as saved_safetensors
 
 from service import files
-from service.errors import MalformedArchive, NonFiniteValues, UnsupportedDtype, UnsupportedShape, UploadError
+from service.errors import MalformedArchive, NonFiniteValues, UnsupportedShape, UploadError
+from service.schemas import FactorsSpec
 from service.settings import Settings
 from service.uploads import Place, Tensor, inspect
+from tests.uploads.builders import Part, entry, npy_of, saved, zipped
+from tests.uploads.builders import safetensors as built_safetensors
 from tests.worker.test_decompose import matrix_with
-from worker import factor_files, factor_layout
+from worker import factor_files, factor_layout, reading
 from worker.factor_files import write_factors
-from worker.factor_layout import Options, Planned, lay_out
+from worker.factor_layout import Planned, lay_out
 from worker.factoring import CannotFactor
-from worker.reading import Matrix
+from worker.source import Source
 
 HERE = Place(0, 0)
 SCALAR = UnsupportedShape("no matrix")
 NO_MODULE = "PEFT adapts modules, and the name is not that of a module's .weight"
+Weights = dict[str, torch.Tensor]
 
 
-@dataclass
-class Upload:
-    """Torch tensors as the source of a plan; what is read is noted, to see in what order."""
+def source_of(data: Path, content: bytes, base: bytes | None = None) -> Source:
+    """An upload, less another one where that is given."""
+    for path, part in [(files.upload_path(data, "job"), content), (files.base_path(data, "job"), base)]:
+        if part is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(part)
+    return Source.of(Settings(data=data), "job", {"matricize": "auto", "base": base and "base"})
 
-    tensors: list[tuple[str, torch.Tensor, int | None]]
-    is_difference: bool = False
-    refusals: dict[str, UploadError] = field(default_factory=dict)
-    read: list[str] = field(default_factory=list)
 
-    @property
-    def planned(self) -> list[Planned]:
-        plan = []
-        for name, values, rank in self.tensors:
-            refusal = self.refusals.get(name) or (SCALAR if values.ndim < 2 else None)
-            tensor = Tensor(name, str(values.dtype)[6:], tuple(values.shape), HERE, refusal=refusal)
-            plan.append(Planned(tensor, rank, "asked for"))
-        return plan
-
-    def matrix(self, position: int) -> Matrix:
-        name, values, _ = self.tensors[position]
-        self.read.append(name)
-        return Matrix(values.reshape(len(values), -1).double(), 0, ())
-
-    def raw(self, position: int) -> Iterator[bytes]:
-        name, values, _ = self.tensors[position]
-        self.read.append(name)
-        content = values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        yield from (content[start : start + 7] for start in range(0, len(content), 7))
+def plan(source: Source, ranks: Mapping[str, int | None], refusals: Mapping[str, UploadError] = {}) -> list[Planned]:
+    """Tensors at the ranks asked for; those not named stay dense."""
+    tensors = [replace(one, refusal=one.refusal or refusals.get(one.name)) for one in source.tensors]
+    return [Planned(tensor, ranks.get(tensor.name), "asked for") for tensor in tensors]
 
 
 def weight(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -68,26 +61,41 @@ def weight(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(matrix_with(s, (shape[0], math.prod(shape[1:])), seed).reshape(shape))
 
 
-def model() -> Upload:
+RANKS = {"fc.weight": 2, "conv.weight": 3, "zero.weight": 0}
+
+
+def model() -> Weights:
     """Narrow and wide floats, a kernel, a layer left dense, a zero matrix, biases and a buffer."""
-    return Upload(
-        [
-            ("steps", torch.tensor(7, dtype=torch.int64), None),
-            ("mask", torch.tensor([True, False, True]), None),
-            ("half.weight", weight(6, 5, seed=1).half(), None),
-            ("brain.weight", weight(6, 5, seed=2).bfloat16(), None),
-            ("fc.weight", weight(8, 6).float(), 2),
-            ("fc.bias", torch.arange(8).float(), None),
-            ("brain.bias", torch.arange(3).bfloat16(), None),
-            ("conv.weight", weight(8, 3, 2, 2), 3),
-            ("zero.weight", torch.zeros(4, 7), 0),
-        ]
-    )
+    return {
+        "steps": torch.tensor(7, dtype=torch.int64),
+        "mask": torch.tensor([True, False, True]),
+        "half.weight": weight(6, 5, seed=1).half(),
+        "brain.weight": weight(6, 5, seed=2).bfloat16(),
+        "fc.weight": weight(8, 6).float(),
+        "fc.bias": torch.arange(8).float(),
+        "brain.bias": torch.arange(3).bfloat16(),
+        "conv.weight": weight(8, 3, 2, 2),
+        "zero.weight": torch.zeros(4, 7),
+    }
 
 
-def write(path: Path, upload: Any, options: Options, ticks: list[int] | None = None) -> dict[str, Any]:
-    done: list[int] = [] if ticks is None else ticks
-    manifest = write_factors(path, upload.planned, upload, options, done.append)
+def zeros(weights: Weights) -> bytes:
+    """A base that subtracts nothing."""
+    return saved_safetensors({name: torch.zeros_like(values) for name, values in weights.items()})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return source_of(tmp_path / "data", saved_safetensors(model()))
+
+
+@pytest.fixture
+def difference(tmp_path: Path) -> Source:
+    return source_of(tmp_path / "data", saved_safetensors(model()), zeros(model()))
+
+
+def write(path: Path, source: Source, planned: list[Planned] | None = None, **spec: Any) -> dict[str, Any]:
+    manifest = write_factors(path, planned or plan(source, RANKS), source, FactorsSpec(**spec), lambda _: None)
     content = path.read_bytes()
     assert manifest["bytes"] == len(content)
     assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
@@ -103,15 +111,15 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "npz"])
-def test_the_file_is_a_complete_model(tmp_path: Path, file_format: Any) -> None:
-    path, upload = tmp_path / f"file.{file_format}", model()
-    manifest = write(path, upload, Options(file_format))
+def test_the_file_is_a_complete_model(tmp_path: Path, source: Source, file_format: Any) -> None:
+    path = tmp_path / "out" / f"file.{file_format}"
+    manifest = write(path, source, format=file_format)
     found = read(path)
     by_name = {layer["name"]: layer for layer in manifest["layers"]}
-    assert list(by_name) == [name for name, _, _ in upload.tensors]
+    assert list(by_name) == [tensor.name for tensor in source.tensors]
     assert sorted(found) == sorted(name for layer in manifest["layers"] for name in layer["tensors"])
-    for name, values, rank in upload.tensors:
-        layer = by_name[name]
+    for name, values in model().items():
+        layer, rank = by_name[name], RANKS.get(name)
         if rank is None:
             # An npz has no bfloat16, but float32 holds the same numbers.
             same = file_format == "safetensors" or values.dtype != torch.bfloat16
@@ -130,11 +138,12 @@ def test_the_file_is_a_complete_model(tmp_path: Path, file_format: Any) -> None:
         assert (layer["shape"], layer["matrix_shape"]) == (list(values.shape), list(matrix.shape))
         assert layer["parameters_after"] == rank * sum(matrix.shape)
         assert layer["measured_error"] == pytest.approx(layer["relative_frobenius_error"], abs=1e-6)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_entry_of_the_manifest(tmp_path: Path) -> None:
-    manifest = write(tmp_path / "file", Upload([("fc.weight", weight(8, 6).float(), 2)]), Options("safetensors"))
+    source = source_of(tmp_path, saved_safetensors({"fc.weight": weight(8, 6).float()}))
+    manifest = write(tmp_path / "file", source)
     (layer,) = manifest["layers"]
     errors = {name: layer.pop(name) for name in ("relative_frobenius_error", "measured_error", "spectral_error")}
     tail = math.sqrt(sum(4.0**-i for i in range(2, 6)) / sum(4.0**-i for i in range(6)))
@@ -159,25 +168,24 @@ def test_an_entry_of_the_manifest(tmp_path: Path) -> None:
     assert manifest["totals"] == {"parameters_before": 48, "parameters_after": 28, **counts}
 
 
-def test_a_safetensors_file_tells_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.safetensors"
-
-    def inside() -> Any:
+def test_a_safetensors_file_tells_of_itself(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inside(path: Path) -> Any:
         with safetensors.safe_open(path, "pt") as opened:
             return json.loads(opened.metadata()["rankscope"])
 
-    manifest = write(path, model(), Options("safetensors"))
+    manifest = write(tmp_path / "all", source)
     later = {"relative_frobenius_error", "measured_error", "spectral_error"}
     known = [{key: value for key, value in layer.items() if key not in later} for layer in manifest["layers"]]
-    assert inside() == {key: manifest[key] for key in manifest.keys() - {"bytes", "sha256"}} | {"layers": known}
+    before = {key: manifest[key] for key in manifest.keys() - {"bytes", "sha256", "layers"}}
+    assert inside(tmp_path / "all") == before | {"layers": known}
     monkeypatch.setattr(factor_files, "MAX_METADATA", 100)
-    write(path, model(), Options("safetensors"))
-    assert inside() == {key: manifest[key] for key in manifest.keys() - {"bytes", "sha256", "layers"}}
+    write(tmp_path / "short", source)
+    assert inside(tmp_path / "short") == before
 
 
-def test_every_tensor_is_aligned_to_its_entries(tmp_path: Path) -> None:
+def test_every_tensor_is_aligned_to_its_entries(tmp_path: Path, source: Source) -> None:
     path = tmp_path / "file.safetensors"
-    write(path, model(), Options("safetensors"))
+    write(path, source)
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -188,25 +196,25 @@ def test_every_tensor_is_aligned_to_its_entries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "npz", "peft"])
-def test_the_same_factors_are_the_same_bytes(tmp_path: Path, file_format: Any) -> None:
-    sums = {write(tmp_path / str(i), model(), Options(file_format))["sha256"] for i in range(2)}
+def test_the_same_factors_are_the_same_bytes(tmp_path: Path, source: Source, file_format: Any) -> None:
+    sums = {write(tmp_path / str(i), source, format=file_format)["sha256"] for i in range(2)}
     assert len(sums) == 1
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "npz"])
-def test_our_own_reader_takes_the_file(tmp_path: Path, file_format: Any) -> None:
-    path = tmp_path / "file"
-    write(path, model(), Options(file_format))
+def test_our_own_reader_takes_the_file(tmp_path: Path, source: Source, file_format: Any) -> None:
+    path = tmp_path / f"file.{file_format}"
+    write(path, source, format=file_format)
     with path.open("rb") as file:
         found = inspect(file, path.stat().st_size, Settings().upload_limits("auto"))
     assert found.format == file_format
-    assert {tensor.name for tensor in found.tensors} == set(read(path.rename(path.with_suffix(f".{file_format}"))))
+    assert {tensor.name for tensor in found.tensors} == set(read(path))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_the_dtype_asked_for_is_that_of_what_is_computed(tmp_path: Path, dtype: Any) -> None:
+def test_the_dtype_asked_for_is_that_of_what_is_computed(tmp_path: Path, source: Source, dtype: Any) -> None:
     path = tmp_path / "file.safetensors"
-    manifest = write(path, model(), Options("safetensors", dtype, "left"))
+    manifest = write(path, source, dtype=dtype, split="left")
     found = read(path)
     assert str(found["conv.weight.A"].dtype) == str(found["fc.weight.B"].dtype) == f"torch.{dtype}"
     assert found["half.weight"].dtype == torch.float16
@@ -214,13 +222,12 @@ def test_the_dtype_asked_for_is_that_of_what_is_computed(tmp_path: Path, dtype: 
     assert (manifest["dtype"], manifest["split"]) == (dtype, "left")
 
 
-def test_a_difference_holds_no_copies(tmp_path: Path) -> None:
+def test_a_difference_holds_no_copies(tmp_path: Path, difference: Source) -> None:
     path = tmp_path / "file.safetensors"
-    upload = replace(model(), is_difference=True)
-    manifest = write(path, upload, Options("safetensors"))
+    manifest = write(path, difference)
     found = read(path)
     assert found["half.weight"].dtype == found["brain.weight"].dtype == torch.float32
-    assert torch.equal(found["brain.weight"], model().tensors[3][1].float())
+    assert torch.equal(found["brain.weight"], model()["brain.weight"].float())
     left_out = [layer for layer in manifest["layers"] if layer["verdict"] == "left_out"]
     assert {layer["name"] for layer in left_out} == {"steps", "mask", "fc.bias", "brain.bias"}
     assert all(layer["reason"] == "asked for; not copied, as the file is of differences" for layer in left_out)
@@ -228,34 +235,75 @@ def test_a_difference_holds_no_copies(tmp_path: Path) -> None:
 
 
 def test_what_was_refused_is_copied_where_it_can_be(tmp_path: Path) -> None:
-    upload = model()
-    upload.tensors += [
-        ("diverged", torch.full((2, 2), torch.nan), None),
-        ("damaged", torch.ones(2, 2), None),
-        ("phases", torch.ones(3, dtype=torch.complex128), None),
-    ]
-    upload.refusals = {
-        "diverged": NonFiniteValues("4 of 4"),
-        "damaged": MalformedArchive("bad CRC"),
-        "phases": UnsupportedDtype("complex"),
+    weights = model() | {
+        "diverged": torch.full((2, 2), torch.nan),
+        "damaged": torch.ones(2, 2),
+        "phases": torch.ones(3, dtype=torch.complex64),
     }
+    source = source_of(tmp_path, saved_safetensors(weights))
+    planned = plan(source, RANKS, {"diverged": NonFiniteValues("4 of 4"), "damaged": MalformedArchive("bad CRC")})
     path = tmp_path / "file.safetensors"
-    manifest = write(path, upload, Options("safetensors"))
+    manifest = write(path, source, planned)
     verdicts = {layer["name"]: (layer["verdict"], layer["reason"]) for layer in manifest["layers"]}
     assert verdicts["diverged"] == ("copied", "asked for")
     assert verdicts["damaged"] == ("left_out", "asked for; its entries cannot be read")
-    assert verdicts["phases"] == ("left_out", "asked for; safetensors cannot hold complex128")
     assert read(path)["diverged"].isnan().all()
-    before = [math.prod(v.shape) for n, v, _ in upload.tensors if n not in ("damaged", "phases")]
+    before = [math.prod(values.shape) for name, values in weights.items() if name != "damaged"]
     assert manifest["totals"]["parameters_before"] == sum(before)
-    write(tmp_path / "file.npz", upload, Options("npz"))
-    assert read(tmp_path / "file.npz")["phases"].dtype == torch.complex128
+    write(tmp_path / "file.npz", source, planned, format="npz")
+    assert read(path)["phases"].dtype == read(tmp_path / "file.npz")["phases"].dtype == torch.complex64
+
+
+@pytest.mark.parametrize(("file_format", "kept"), [("safetensors", {"F8_E8M0", "C64", "U64"}), ("npz", {"C64", "U64"})])
+def test_what_a_format_has_no_name_for_is_left_out(tmp_path: Path, file_format: Any, kept: set[str]) -> None:
+    header = {
+        "C64": entry((1,), 0, 8, "C64"),
+        "U64": entry((1,), 8, 16, "U64"),
+        "F8_E8M0": entry((2,), 16, 18, "F8_E8M0"),
+        "F4": entry((3, 2), 18, 21, "F4"),
+        "w": entry((1, 1), 21, 25),
+    }
+    source = source_of(tmp_path, built_safetensors(header, bytes(range(25))))
+    manifest = write(tmp_path / "file", source, format=file_format)
+    reasons = {layer["name"]: layer["reason"] for layer in manifest["layers"] if layer["verdict"] == "left_out"}
+    assert reasons.keys() == header.keys() - kept - {"w"}
+    assert reasons["F4"] == f"asked for; {file_format} cannot hold float4_e2m1fn"
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("descr", [">f4", "<i2", ">f16"])
+@pytest.mark.parametrize("shape", [(300, 2, 4), (2, 700), (0, 3), (5,), ()])
+def test_copies_are_in_c_order_and_little_endian(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], descr: str, deflated: bool
+) -> None:
+    monkeypatch.setattr(reading, "PIECE", 1000)
+    array = np.arange(math.prod(shape)).astype(descr).reshape(shape)
+    content = npy_of(shape, array.tobytes("F"), descr, fortran=True)
+    parts = Part("a.npy", content, deflated=deflated), Part("w.npy", saved(np.ones((2, 2))))
+    source = source_of(tmp_path, zipped(*parts))
+    write(tmp_path / "file.npz", source, plan(source, {}), format="npz")
+    with np.load(tmp_path / "file.npz") as found:
+        np.testing.assert_array_equal(found["a"], array)
+        assert found["a"].dtype == array.dtype.newbyteorder("<")
+        assert found["a"].flags.c_contiguous
+
+
+def test_a_copy_in_fortran_order_is_held_once(tmp_path: Path) -> None:
+    array = np.asfortranarray(np.arange(8 << 20, dtype=np.int8).reshape(1 << 10, -1))
+    source = source_of(tmp_path, zipped(Part("a.npy", saved(array)), Part("w.npy", saved(np.ones((2, 2))))))
+    tracemalloc.start()
+    try:
+        assert sum(len(piece) for piece in source.raw(0)) == array.nbytes
+        assert tracemalloc.get_traced_memory()[1] < 1.6 * array.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("unread", [{"dtype": ""}, {"shape": None}, {"place": None}])
 def test_what_a_refusal_left_unknown_is_left_out(unread: dict[str, Any]) -> None:
     tensor = Tensor("x", "float32", (3,), HERE, refusal=SCALAR)
-    (layer,) = lay_out([Planned(replace(tensor, **unread), None, "r")], Options("npz"), is_difference=False)
+    planned = [Planned(replace(tensor, **unread), None, "r")]
+    (layer,) = lay_out(planned, FactorsSpec(format="npz"), is_difference=False)
     assert (layer.verdict, layer.stored) == ("left_out", ())
 
 
@@ -269,66 +317,64 @@ def test_what_a_refusal_left_unknown_is_left_out(unread: dict[str, Any]) -> None
     ],
 )
 def test_names_that_collide_are_refused(tmp_path: Path, file_format: Any, names: list[str]) -> None:
-    upload = Upload([(name, weight(4, 4), 1 if name == "w" else None) for name in names])
+    path, parts = tmp_path / "out" / "file", [Part(f"{name}.npy", saved(np.eye(4))) for name in names]
+    source = source_of(tmp_path / "data", zipped(*parts))
     with pytest.raises(CannotFactor, match=f"would be named '{names[-1]}"):
-        write(tmp_path / "file", upload, Options(file_format))
-    assert not list(tmp_path.iterdir())
-    assert not upload.read
+        write(path, source, plan(source, {"w": 1}), format=file_format)
+    assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "npz", "peft"])
-def test_a_failure_leaves_what_was_there(tmp_path: Path, file_format: Any) -> None:
-    path, seen = tmp_path / "file", []
+def test_a_failure_leaves_no_file(tmp_path: Path, source: Source, file_format: Any) -> None:
+    path, seen = tmp_path / "out" / "file", []
 
     def cancel(work: int) -> None:
         seen.append(work)
+        assert not list(path.parent.iterdir())
         if len(seen) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_factors(path, model().planned, model(), Options(file_format), cancel)
-    assert not list(tmp_path.iterdir())
-    files.write(path, b"before")
-    seen.clear()
-    with pytest.raises(KeyboardInterrupt):
-        write_factors(path, model().planned, model(), Options(file_format), cancel)
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
+        write_factors(path, plan(source, RANKS), source, FactorsSpec(format=file_format), cancel)
+    assert not list(path.parent.iterdir())
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "npz"])
-def test_a_source_that_gives_too_little_is_noticed(tmp_path: Path, file_format: Any) -> None:
-    class Short(Upload):
-        def raw(self, position: int) -> Iterator[bytes]:
-            yield b"abc"
+def test_an_upload_that_has_lost_bytes_leaves_no_file(tmp_path: Path, source: Source) -> None:
+    path = tmp_path / "out" / "file"
+    os.truncate(source.path, source.path.stat().st_size - 1)
+    with pytest.raises(MalformedArchive):
+        write(path, source)
+    assert not list(path.parent.iterdir())
 
-    upload = Short([("w", weight(2, 2), None)])
+
+def test_a_count_of_bytes_that_is_wrong_is_noticed() -> None:
+    stored = factor_layout.Stored("w", "float64", (2, 2))
     with pytest.raises(CannotFactor, match="w: the upload gave 3 bytes, expected 32"):
-        write(tmp_path / "file", upload, Options(file_format))
-    assert not list(tmp_path.iterdir())
+        factor_files._write(io.BytesIO(), stored, [b"abc"])
 
 
-def test_ticks_add_up_to_the_work_of_all(tmp_path: Path) -> None:
+def test_ticks_add_up_to_the_work_of_all(tmp_path: Path, source: Source) -> None:
     ticks: list[int] = []
-    write(tmp_path / "file", model(), Options("npz"), ticks)
-    assert len(ticks) == len(model().tensors)
-    assert sum(ticks) == sum(planned.tensor.work for planned in model().planned)
+    planned = plan(source, RANKS)
+    write_factors(tmp_path / "file", planned, source, FactorsSpec(format="npz"), ticks.append)
+    assert len(ticks) == len(model())
+    assert sum(ticks) == sum(one.tensor.work for one in planned)
 
 
-def test_one_layer_is_read_at_a_time_and_nothing_that_is_left_out(tmp_path: Path) -> None:
-    upload = replace(model(), is_difference=True)
-    write(tmp_path / "file", upload, Options("safetensors"))
-    assert sorted(upload.read) == sorted(name for name, values, _ in upload.tensors if values.ndim > 1)
+def test_nothing_that_is_left_out_is_read(tmp_path: Path) -> None:
+    damaged, kernel = Part("b.npy", saved(np.ones(3)), crc=9), Part("w.npy", saved(np.eye(3)))
+    source = source_of(tmp_path, zipped(damaged, kernel), zipped(kernel))
+    with pytest.raises(MalformedArchive):
+        list(source.raw(0))
+    manifest = write(tmp_path / "file", source)
+    assert [layer["verdict"] for layer in manifest["layers"]] == ["left_out", "dense"]
 
 
 def test_an_adapter_says_what_is_not_in_it(tmp_path: Path) -> None:
-    upload = model()
-    upload.tensors += [
-        ("in_proj_weight", weight(4, 4), 1),
-        (".weight", weight(4, 4), 1),
-        ("deep.weight", weight(2, 2, 1, 1, 1, 1), 1),
-    ]
-    manifest = write(tmp_path / "file.zip", upload, Options("peft"))
+    more = {"in_proj_weight": weight(4, 4), ".weight": weight(4, 4), "deep.weight": weight(2, 2, 1, 1, 1, 1)}
+    source = source_of(tmp_path, saved_safetensors(model() | more))
+    planned = plan(source, RANKS | dict.fromkeys(more, 1))
+    manifest = write(tmp_path / "file.zip", source, planned, format="peft")
     reasons = {layer["name"]: layer["reason"] for layer in manifest["layers"] if layer["verdict"] == "left_out"}
     assert reasons == {
         **dict.fromkeys(("steps", "mask", "fc.bias", "brain.bias"), "asked for; an adapter holds factors only"),
@@ -357,8 +403,9 @@ def test_an_adapter_says_what_is_not_in_it(tmp_path: Path) -> None:
 
 
 def test_an_adapter_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
+    source = source_of(tmp_path, saved(np.eye(3)))
     with pytest.raises(CannotFactor, match="an adapter would be empty"):
-        write(tmp_path / "file", Upload([("w", weight(3, 3), 1)]), Options("peft"))
+        write(tmp_path / "file", source, plan(source, {"array": 1}), format="peft")
 
 
 def test_a_member_past_two_gibibytes_has_room_for_its_size(tmp_path: Path) -> None:
@@ -385,14 +432,20 @@ def test_any_plan_is_written_as_promised(
     split: Any,
     wide: bool,
 ) -> None:
-    ranks = [None if share is None else round(share * min(shape)) for shape, share in zip(shapes, shares, strict=False)]
+    names = [f"w{i}" for i in range(len(shapes))]
+    named = zip(names, shapes, shares, strict=False)
+    ranks = {name: None if share is None else round(share * min(shape)) for name, shape, share in named}
     dtype = torch.float64 if wide else torch.float32
-    upload = Upload([(f"w{i}", weight(*shape, seed=i).to(dtype), ranks[i]) for i, shape in enumerate(shapes)])
-    path = tmp_path_factory.mktemp("any") / f"file.{file_format}"
-    layers = write(path, upload, Options(file_format, split=split))["layers"]
+    weights = {
+        name: weight(*shape, seed=i).to(dtype) for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    }
+    folder = tmp_path_factory.mktemp("any")
+    source, path = source_of(folder, saved_safetensors(weights)), folder / f"file.{file_format}"
+    layers = write(path, source, plan(source, ranks), format=file_format, split=split)["layers"]
     found = read(path)
-    for layer, (name, values, rank) in zip(layers, upload.tensors, strict=True):
-        stored = found[name] if rank is None else found[f"{name}.B"].double() @ found[f"{name}.A"].double()
-        distance = float(torch.linalg.norm(stored - values) / torch.linalg.norm(values))
+    for layer in layers:
+        name = layer["name"]
+        stored = found[name] if ranks[name] is None else found[f"{name}.B"].double() @ found[f"{name}.A"].double()
+        distance = float(torch.linalg.norm(stored - weights[name]) / torch.linalg.norm(weights[name]))
         assert layer["measured_error"] == pytest.approx(distance, abs=1e-7)
         assert layer["relative_frobenius_error"] == pytest.approx(distance, abs=1e-6)
