@@ -1,7 +1,7 @@
 """What a rule or one budget for the whole model makes of an analysis: a rank for every layer, and what that saves."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from service import reports
 from service.errors import BadRequestValue
 from service.lowrank import compression, describe, normalized, rescaled, times_power
-from service.lowrank.allocation import Allocation, Layer, Weighting, global_budget
+from service.lowrank.allocation import Allocation, Layer, Weighting, allocator, global_budget
 from service.lowrank.compression import Rule
 from service.pictures import BudgetCurve, LayerSpectrum, Scale
 from service.representations import rows_of
@@ -186,7 +186,8 @@ def budget_curve(rows: Sequence[TensorRow], report: dict[str, Any], title: str) 
     weighting: Weighting = report["weighting"]
     everything = _weighted_energy(layers, weighting)
     fractions = np.linspace(1 / FRACTIONS, 1, FRACTIONS)
-    lost = np.array([_lost(layers, fraction, weighting) for fraction in [*fractions.tolist(), report["fraction"]]])
+    allocate = allocator(layers, weighting)
+    lost = np.array([_lost(allocate, fraction) for fraction in [*fractions.tolist(), report["fraction"]]])
     errors = np.sqrt(lost / everything if everything else lost)
     plan, uniform, bound = errors[-1].tolist()
     return BudgetCurve(
@@ -205,10 +206,10 @@ def budget_curve(rows: Sequence[TensorRow], report: dict[str, Any], title: str) 
     )
 
 
-def _lost(layers: Sequence[Layer], fraction: float, weighting: Weighting) -> list[float]:
+def _lost(allocate: Callable[[float], Allocation], fraction: float) -> list[float]:
     """Objectives of the plan and of the uniform plan, and the bound; NaN where the fraction is too little."""
     try:
-        answer = global_budget(layers, fraction, weighting)
+        answer = allocate(fraction)
     except BadRequestValue:
         return [math.nan] * 3
     return [answer.plan.objective, answer.uniform.objective, answer.bound]

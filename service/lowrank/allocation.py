@@ -9,7 +9,7 @@ the upper concave envelope of (cost, energy kept). A zero matrix has one option,
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,15 +69,25 @@ def global_budget(layers: Sequence[Layer], fraction: float, weighting: Weighting
     objective − bound ≤ the largest gain of one envelope step. Names are unique. Raises BadRequestValue for a fraction
     outside (0, 1], and for one that does not give every layer its cheapest option.
     """
-    total = sum(math.prod(layer.shape) for layer in layers)
+    return allocator(layers, weighting)(fraction)
+
+
+def allocator(layers: Sequence[Layer], weighting: Weighting) -> Callable[[float], Allocation]:
+    """`global_budget` as a function of the fraction: what does not depend on it is worked out once."""
+    sizes = [math.prod(layer.shape) for layer in layers]
     unit, options = _weighted_options(layers, weighting)
-    budget = _budget(options, fraction, total)
-    filled, bound = _fill(options, budget)
-    improved = _improve(options, filled, budget)
-    uniform = _uniform(options, [math.prod(layer.shape) for layer in layers], fraction, budget)
-    chosen = min(improved, uniform, key=lambda choice: _lost(options, choice))
-    plans = [_plan(layers, options, choice, unit) for choice in (chosen, uniform)]
-    return Allocation(plan=plans[0], bound=bound * unit * unit, uniform=plans[1])
+    fill = _filler(options)
+
+    def allocate(fraction: float) -> Allocation:
+        budget = _budget(options, fraction, sum(sizes))
+        filled, bound = fill(budget)
+        improved = _improve(options, filled, budget)
+        uniform = _uniform(options, sizes, fraction, budget)
+        chosen = min(improved, uniform, key=lambda choice: _lost(options, choice))
+        plans = [_plan(layers, options, choice, unit) for choice in (chosen, uniform)]
+        return Allocation(plan=plans[0], bound=bound * unit * unit, uniform=plans[1])
+
+    return allocate
 
 
 def _weighted_options(layers: Sequence[Layer], weighting: Weighting) -> tuple[float, list[_Options]]:
@@ -109,22 +119,30 @@ def _budget(options: list[_Options], fraction: float, total: int) -> int:
     return budget
 
 
-def _fill(options: list[_Options], budget: int) -> tuple[list[int], float]:
-    """Whole envelope edges by falling slope while they fit; the first that does not gives the bound its fraction."""
+def _filler(options: list[_Options]) -> Callable[[int], tuple[list[int], float]]:
+    """Budget → whole envelope edges by falling slope while they fit, and the bound.
+
+    The first edge that does not fit gives the bound its fraction.
+    """
     stops = [_envelope(option) for option in options]
     layer, cost, gain, slope = _edges(options, stops)
     order = np.argsort(-slope, kind="stable")
     spent = np.cumsum(cost[order])
-    left = budget - sum(int(option.costs[0]) for option in options)
-    n_whole = int(np.searchsorted(spent, left, side="right"))
-    steps = np.bincount(layer[order[:n_whole]], minlength=len(options))
-    choice = [int(stop[step]) for stop, step in zip(stops, steps, strict=True)]
-    bound = _lost(options, choice)
-    if n_whole < len(order):
-        edge = order[n_whole]
-        share = (left - int(spent[n_whole] - cost[edge])) / cost[edge]
-        bound = max(bound - float(share * gain[edge]), 0.0)
-    return choice, bound
+    least = sum(int(option.costs[0]) for option in options)
+
+    def fill(budget: int) -> tuple[list[int], float]:
+        left = budget - least
+        n_whole = int(np.searchsorted(spent, left, side="right"))
+        steps = np.bincount(layer[order[:n_whole]], minlength=len(options))
+        choice = [int(stop[step]) for stop, step in zip(stops, steps, strict=True)]
+        bound = _lost(options, choice)
+        if n_whole < len(order):
+            edge = order[n_whole]
+            share = (left - int(spent[n_whole] - cost[edge])) / cost[edge]
+            bound = max(bound - float(share * gain[edge]), 0.0)
+        return choice, bound
+
+    return fill
 
 
 def _envelope(options: _Options) -> NDArray[np.int64]:
