@@ -104,9 +104,12 @@ def _follow(client: httpx.Client, state: dict[str, Any], console: Console) -> di
     columns = (TextColumn("analysing"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=state["progress"]["total"])
+        took = 0.0
         while state["status"] not in OVER:
-            time.sleep(0.1)
+            time.sleep(max(0.1, took))  # The report of a file of very many tensors takes the server its time.
+            asked = time.monotonic()
             state = _checked(client.get(f"/analyses/{state['id']}", params={"top_k": 1})).json()
+            took = time.monotonic() - asked
             progress.update(task, completed=state["progress"]["done"], total=state["progress"]["total"])
     return state
 
