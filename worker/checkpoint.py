@@ -25,7 +25,7 @@ from service.uploads.checkpoint import storages
 from service.uploads.checks import label, require_distinct, shape_refusal
 
 MEMORY = 2 << 30  # Bytes of address space that the unpickling may add: its file is at most 32 MiB.
-CPU_S = 60  # Past it the kernel ends the process: a tuple of tuples of … takes for ever to hash.
+CPU_S = 20  # Past it the kernel ends the process: a tuple of tuples of … takes for ever to hash.
 DEEPEST = 16
 
 
