@@ -204,7 +204,7 @@ def test_the_demo_leaves_its_files_and_ctrl_c_leaves_no_process(tmp_path: Path) 
     for wanted in (1, 3, 5):  # at moments ever later: as soon as there are so many processes
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         family = psutil.Process(process.pid)
-        # A child that is still a copy of its parent, before its exec, is in the parent's group and would get the signal.
+        # Before its exec a child is a copy of its parent, in the parent's group, and would get the signal too.
         wait_for(lambda f=family: any("serve" in command_line(p) for p in f.children()), "the server's process")
         wait_for(lambda f=family, n=wanted: len(f.children(recursive=True)) >= n, f"{wanted} processes", limit_s=30)
         everyone = family.children(recursive=True)
