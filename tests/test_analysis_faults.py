@@ -1,16 +1,19 @@
 """Analyses whose processes die, are cut off or meet a limit."""
 
+import io
 import os
 import socket
 import sqlite3
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from tests.conftest import start_server, stop_server, wait_for
-from tests.test_uploads import values_of
+from tests.conftest import Server, start_server, stop_server, wait_for
+from tests.test_uploads import torch_file, values_of
 from tests.uploads.builders import saved
 
 FAST = {"RANKSCOPE_HEARTBEAT_S": "0.1", "RANKSCOPE_LEASE_S": "1"}
@@ -77,3 +80,22 @@ def test_uploads_whose_job_was_never_stored_are_removed_and_no_others(tmp_path: 
     second = start_server(tmp_path / "data", workers=0)
     assert {path.name for path in uploads.iterdir()} == {kept, fresh, foreign}
     assert stop_server(second) == 0
+
+
+def endless_key() -> bytes:
+    """A checkpoint with a dictionary whose key is a pair of pairs of … 60 deep: small to store, endless to hash."""
+    pickle = b"\x80\x02}(K\x01\x85q\x00" + b"h\x00\x86q\x00" * 60 + b"K\x01u."
+    source, changed = zipfile.ZipFile(io.BytesIO(torch_file({"w": torch.eye(3)}))), io.BytesIO()
+    with zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, pickle if name.endswith("data.pkl") else source.read(name))
+    return changed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_endless_to_read_is_ended_and_the_worker_goes_on(torch_server: Server) -> None:
+    path = torch_server.client.post("/analyze", content=endless_key(), headers={"prefer": "wait=0"}).headers["location"]
+    wait_for(lambda: torch_server.client.get(path).json()["status"] == "failed", "the end of its time", limit_s=120)
+    state = torch_server.client.get(path).json()
+    assert (state["error"]["type"], state["attempt"]) == ("timed-out", 1)
+    assert torch_server.analyze(saved(np.eye(3)))["status"] == "succeeded"
