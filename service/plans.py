@@ -12,6 +12,7 @@ from service.errors import BadRequestValue
 from service.lowrank import compression, describe, normalized, rescaled, times_power
 from service.lowrank.allocation import Allocation, Layer, Weighting, allocator, global_budget
 from service.lowrank.compression import Rule
+from service.lowrank.ranks import Array
 from service.pictures import BudgetCurve, LayerSpectrum, Scale
 from service.representations import rows_of
 from service.rules import BUDGET, DEFAULTS, check_parameters, rule_of
@@ -102,13 +103,17 @@ def _head(row: TensorRow) -> dict[str, Any]:
 
 
 def layers_of(rows: Sequence[TensorRow]) -> tuple[list[Layer], int]:
-    """The analysed layers with σ/2^e, and the e that they have in common: the largest of theirs."""
+    """The analysed layers with σ/2^e, and the e that they have in common: the largest of theirs.
+
+    A layer smaller than 2^-500 of the largest counts as one of that size: it shall not look like a zero matrix.
+    """
     found = reports.analysed(rows)
     common = max((row.exponent for row in found if spectrum_of(row)[0] > 0), default=0)
-    layers = [
-        Layer(row.name, reports.matrix_shape(row), np.ldexp(spectrum_of(row), row.exponent - common)) for row in found
-    ]
-    return layers, common
+
+    def scaled(row: TensorRow) -> Array:
+        return np.asarray(np.ldexp(spectrum_of(row), max(row.exponent - common, -500)))
+
+    return [Layer(row.name, reports.matrix_shape(row), scaled(row)) for row in found], common
 
 
 def budget_report(rows: Sequence[TensorRow], fraction: float, weighting: Weighting) -> dict[str, Any]:

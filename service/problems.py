@@ -41,7 +41,7 @@ UPLOADS: tuple[tuple[type[errors.UploadError], int, str], ...] = (
     (errors.UnsupportedShape, 422, "Send a non-empty array of 2 to 64 dimensions."),
     (errors.NonFiniteValues, 422, "Look where the first one comes from."),
     (errors.NotInBase, 422, "Compare files of the same model: tensors are matched by name and shape."),
-    (errors.NoMatrices, 422, "`skipped` tells why each tensor was left out."),
+    (errors.NoMatrices, 422, "`skipped`, or the tensors of the analysis, tell why."),
 )
 PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     **{kind: Problem(kind.kind, status, kind.title, advice) for kind, status, advice in UPLOADS},

@@ -74,7 +74,7 @@ def tensor(
     head = {
         "name": row.name,
         "shape": row.shape,
-        "matrix_shape": matrix_shape(row) if row.shape is not None and len(row.shape) > 1 else None,
+        "matrix_shape": None if row.status == "skipped" else matrix_shape(row),
         "dtype": row.dtype or None,
         "status": row.status,
         "reason": row.reason,

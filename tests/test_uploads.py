@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 
 from tests.conftest import Server, start_server, stop_server
 from tests.test_bad_inputs import problem
-from tests.uploads.builders import FLOATS, Canary, Part, entry, objects, safetensors, saved, zipped
+from tests.uploads.builders import FLOATS, Canary, Part, entry, npy, objects, safetensors, saved, text_header, zipped
 from tests.uploads.files import BAD, BAD_TORCH, Bad
 
 MATRIX = np.random.default_rng(0).standard_normal((7, 5))
@@ -64,7 +65,7 @@ def test_nan_is_told_with_its_count_and_place(server: Server) -> None:  # row 94
     matrix[1, 2, 1] = matrix[2, 0, 0] = np.nan
     answer = server.client.post("/analyze", content=saved(matrix))
     detail = problem(answer, 422, "non-finite-values")["detail"]
-    assert detail == "2 of 24 entries are not finite, the first at [1, 2, 1]"
+    assert detail == "2 of 24 entries are not finite in float64, the first at [1, 2, 1]"
 
 
 class Payload:
@@ -94,6 +95,7 @@ for _ in range(40):
         pytest.param(torch_file(torch.eye(3).to_sparse()), 422, "unsupported-dtype", id="sparse"),
         pytest.param(torch_file({"w": torch.eye(3, dtype=torch.complex64)}), 422, "unsupported-dtype", id="complex"),
         pytest.param(torch_file({"w": torch.eye(3, dtype=torch.int64)}), 422, "no-matrices", id="integers"),
+        pytest.param(torch_file({"w": torch._neg_view(torch.eye(3))}), 422, "unsupported-dtype", id="negated"),
         pytest.param(torch_file({"epoch": 3}), 422, "no-matrices", id="no tensors"),
         pytest.param(
             torch_file({"a": {"b": torch.eye(2)}, "a.b": torch.eye(3)}), 400, "malformed-archive", id="one name for two"
@@ -334,3 +336,39 @@ def test_views_parameters_and_nests_of_a_checkpoint_are_read(torch_server: Serve
     for name, value in expected.items():
         np.testing.assert_allclose(values_of(state, name), torch.linalg.svdvals(value.detach()), rtol=1e-12)
     assert len(state["tensors"]) == len(expected) + 1
+
+
+def test_scalars_and_tensors_with_attributes_harm_no_other(torch_server: Server) -> None:
+    disguised = torch.eye(4)
+    for name in ("numel", "permute", "is_contiguous", "shape_of"):
+        setattr(disguised, name, 5)
+    state = torch_server.analyze(torch_file({"w": torch.eye(3), "scale": torch.tensor(2.65), "disguised": disguised}))
+    standing = {tensor["name"]: tensor["reason"] for tensor in state["tensors"]}
+    assert standing == {"w": None, "scale": "unsupported-shape", "disguised": None}
+
+
+def test_an_empty_tensor_with_endless_sides_is_only_skipped(server: Server) -> None:  # rows 89, 120
+    content = safetensors({"w": entry(), "empty": entry([0, 2**62, 2**62], 16, 16)}, bytes(16))
+    state = server.analyze(content)
+    assert {tensor["name"]: tensor["status"] for tensor in state["tensors"]} == {"w": "analysed", "empty": "skipped"}
+    assert server.client.get(f"/analyses/{state['id']}").json() == state
+
+
+def test_bytes_after_a_deflated_stream_are_found(server: Server) -> None:
+    compressed = zlib.compressobj(wbits=-15)
+    stream = compressed.compress(saved(np.zeros((40, 40)))) + compressed.flush() + b"hidden"
+    whole = saved(np.zeros((40, 40)))
+    part = Part("a.npy", stream, method=8, size=len(whole), crc=zlib.crc32(whole))
+    problem(server.client.post("/analyze", content=zipped(part)), 400, "malformed-archive")
+
+
+def test_an_archive_of_headers_full_of_brackets_is_cheap_to_refuse(server: Server) -> None:
+    headers = [npy(text_header(shape="(" * 9000)) for _ in range(256)]
+    content = zipped(*(Part(f"{i}.npy", header, deflated=True) for i, header in enumerate(headers)))
+    problem(server.client.post("/analyze", content=content), 422, "no-matrices")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantized_tensors_are_not_read(torch_server: Server) -> None:
+    content = torch_file({"v": torch.eye(2), "q": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)})
+    problem(torch_server.client.post("/analyze", content=content), 422, "unsupported-dtype")

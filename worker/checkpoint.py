@@ -65,6 +65,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="meta", weights_only=True)
     except MemoryError:
         raise
+    except NotImplementedError:
+        raise UnsupportedDtype("it holds tensors without plain entries, such as quantized ones") from None
     except pickle.UnpicklingError:
         raise UnsafeCheckpoint("it holds more than tensors, numbers, text and plain containers of them") from None
     except Exception as error:
@@ -83,7 +85,8 @@ def _named(loaded: Any, limits: Limits) -> list[tuple[str, torch.Tensor]]:
         if left < 0 or len(names) > DEEPEST or len(found) > limits.tensors:
             raise ArchiveTooLarge(f"it holds more than {limits.tensors} tensors, or nests deeper than {DEEPEST}")
         if isinstance(value, torch.Tensor):
-            found.append((label(".".join(names)) or "array", value))
+            # A pickle can give a tensor attributes, which would be asked in its methods' place.
+            found.append((label(".".join(names)) or "array", torch.Tensor.detach(value)))
         elif isinstance(value, dict):
             for key, item in value.items():
                 walk(item, (*names, str(key)))
@@ -99,8 +102,8 @@ def _checked(name: str, value: torch.Tensor, stored: dict[int, int], limits: Lim
     """The tensor as the format checks would describe it; refused where it is not the plain matrix that it may be."""
     dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
     try:
-        if value.layout != torch.strided or value.is_quantized:
-            raise UnsupportedDtype("only dense tensors are analysed, no sparse or quantized ones")
+        if value.layout != torch.strided or value.is_neg():
+            raise UnsupportedDtype("only plain dense tensors are analysed, no sparse or negated ones")
         layout = _layout(value, dtype, stored)
     except UploadError as error:
         return Tensor(name, dtype, shape, refusal=error)
@@ -130,7 +133,7 @@ def _layout(value: torch.Tensor, dtype: str, stored: dict[int, int]) -> dict[str
     if min(strides, default=0) < 0 or offset < 0 or (last + 1) * size > storage.nbytes():
         raise MalformedArchive("it reaches beyond its storage")
     place = Place(start + offset * size, (last + 1 - offset) * size)
-    reversed_axes = value.permute(*reversed(range(value.dim())))
+    reversed_axes = value.permute(tuple(reversed(range(value.dim()))))
     if value.is_contiguous():
         return {"place": place}
     if reversed_axes.is_contiguous():

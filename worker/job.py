@@ -54,8 +54,10 @@ def _work(settings: Settings, database: Database, token: Token, kind: str, spec:
     except LostJob:
         raise
     except Exception as error:
-        log.exception("job %s failed", recorder.token.job_id)
-        recorder.end("failed", _problem(error))
+        problem = _problem(error)
+        is_unexpected = problem["type"] == JobFailed.kind
+        log.error("job %s failed: %s", recorder.token.job_id, problem["type"], exc_info=is_unexpected)
+        recorder.end("failed", problem)
 
 
 def _unknown(_settings: Settings, recorder: Recorder, _spec: dict[str, Any]) -> None:

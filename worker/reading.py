@@ -156,6 +156,8 @@ def _inflated(file: BinaryIO, place: Place) -> Iterator[bytes]:
             while inflater.unconsumed_tail:
                 yield inflater.decompress(inflater.unconsumed_tail, PIECE)
         yield inflater.flush()
+        if not inflater.eof or inflater.unused_data:
+            raise MalformedArchive("the member's stream ends early, or has bytes after its end")
     except zlib.error as error:
         raise MalformedArchive(f"the member cannot be inflated: {error}") from None
 
@@ -171,7 +173,7 @@ def _largest(values: Array, tensor: Tensor) -> float:
     total = sum(np.count_nonzero(~np.isfinite(block)) for block in blocks)
     first = next(i * n + int(np.argmin(np.isfinite(values[i]))) for i in range(m) if not np.isfinite(values[i]).all())
     index = [int(place) for place in np.unravel_index(first, tensor.shape or (m, n))]
-    raise NonFiniteValues(f"{total} of {values.size} entries are not finite, the first at {index}")
+    raise NonFiniteValues(f"{total} of {values.size} entries are not finite in float64, the first at {index}")
 
 
 def _notes(tensor: Tensor, n_rounded: int, exponent: int) -> Iterator[str]:

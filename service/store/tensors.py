@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import delete, insert, literal, select, update
+from sqlalchemy import delete, exists, insert, literal, select, update
 from sqlalchemy.orm import Session
 
-from service.errors import JobFailed
+from service.errors import ArrayTooLarge, JobFailed
 from service.lowrank.ranks import Array
 from service.store.queue import Token
 from service.store.recordings import FLOAT64, to_blob
@@ -117,7 +117,10 @@ def _twin(session: Session, job_id: str) -> JobRow | None:
     def signs(row: JobRow) -> tuple[Any, ...]:
         return (row.spec["matricize"], row.spec["base_sha256"], (row.environment or {}).get("versions"))
 
-    return next((row for row in session.scalars(query.order_by(JobRow.created_at)) if signs(row) == signs(own)), None)
+    # What was too large for it may not be so any more.
+    within_limits = ~exists().where(TensorRow.job_id == JobRow.id, TensorRow.reason == ArrayTooLarge.kind)
+    rows = session.scalars(query.where(within_limits).order_by(JobRow.created_at))
+    return next((row for row in rows if signs(row) == signs(own)), None)
 
 
 def add_manifest(session: Session, token: Token, manifest: dict[str, Any]) -> None:

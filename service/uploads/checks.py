@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from service.errors import (
     ArrayTooLarge,
@@ -20,6 +20,7 @@ MAX_INT = 2**63  # Sizes from here on fit no file, and no integer of a database.
 SHOWN = 60
 LABEL = 500
 LISTED = 20
+Refusal = TypeVar("Refusal", bound=UploadError)
 
 
 def read_at(file: BinaryIO, start: int, count: int) -> bytes:
@@ -38,7 +39,7 @@ def escaped(text: str) -> str:
 
 def label(name: str) -> str:
     """What a foreign name is called here; a long one is cut, and told from its like by the start of its SHA-256."""
-    shown = escaped(name)
+    shown = escaped(name[: LABEL + 1])  # Escaping all of a name of megabytes takes half a second.
     if len(shown) <= LABEL:
         return shown
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
@@ -89,6 +90,12 @@ def shape_refusal(shape: tuple[int, ...], limits: Limits) -> UploadError | None:
     if rows * columns > limits.entries:
         return ArrayTooLarge(f"the matrix has {rows * columns} entries, the limit is {limits.entries}")
     return None
+
+
+def quietly(refusal: Refusal) -> Refusal:
+    """The refusal without the frames in which it was raised: kept in a tensor it would keep all that they held."""
+    refusal.__context__ = None
+    return refusal.with_traceback(None)
 
 
 def require_distinct(tensors: Sequence[Tensor], malformed: type[MalformedArray | MalformedArchive]) -> None:

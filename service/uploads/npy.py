@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from service.errors import MalformedArray, PickleForbidden, UnsupportedDtype, UploadError
-from service.uploads.checks import MAX_AXES, MAX_INT, count_entries, figure, read_at, shape_refusal
+from service.uploads.checks import MAX_AXES, MAX_INT, count_entries, figure, quietly, read_at, shape_refusal
 from service.uploads.model import Limits, Place, Tensor
 
 MAGIC = b"\x93NUMPY"
@@ -17,6 +17,7 @@ MAX_HEADER = 10_000  # numpy's own bound
 PREFIX = MAX_HEADER + 12  # How much of a file has to be read to describe it.
 MAX_NESTING = 20
 
+MAX_TOKENS = 400  # 64 axes are 150; an archive may have hundreds of headers, each of thousands of brackets.
 _TOKEN = re.compile(
     r"""\s*(?:(?P<text>'(?:[^'\\\x00-\x1f]|\\[^\x00-\x1f])*'|"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*")"""
     r"""|(?P<number>-?[0-9]{1,20})L?\b|(?P<word>True|False|None)\b|(?P<mark>[][(){},:]))\s*""",
@@ -67,7 +68,7 @@ def describe(name: str, prefix: bytes, stream: Place, size: int, limits: Limits)
         if not header.refusal:
             _check_size(header, size)
     except MalformedArray as error:
-        return Tensor(name, refusal=error)
+        return Tensor(name, refusal=quietly(error))
     return Tensor(
         name,
         header.dtype,
@@ -143,6 +144,8 @@ def _tokenise(text: str) -> _Tokens:
         if not match or not match.lastgroup:
             raise MalformedArray(f"the .npy header is not a dictionary of plain values: see its byte {position}")
         tokens.append((match.lastgroup, match[match.lastgroup]))
+        if len(tokens) > MAX_TOKENS:
+            raise MalformedArray(f"the .npy header has more than {MAX_TOKENS} words and marks")
         position = match.end()
     return [_END, *reversed(tokens)]
 

@@ -6,7 +6,7 @@ from typing import BinaryIO
 from service.errors import ArchiveTooLarge, MalformedArchive, NoMatrices
 from service.uploads import npy
 from service.uploads.archive import Member
-from service.uploads.checks import label, read_at
+from service.uploads.checks import label, quietly, read_at
 from service.uploads.model import Limits, Place, Tensor
 
 _SUFFIX = ".npy"
@@ -26,7 +26,7 @@ def _tensor(file: BinaryIO, member: Member, limits: Limits) -> Tensor:
     try:
         prefix = _prefix(file, member)
     except MalformedArchive as error:
-        return Tensor(name, refusal=error)
+        return Tensor(name, refusal=quietly(error))
     stream = Place(member.start, member.compressed, deflated=member.deflated, crc=member.crc)
     return npy.describe(name, prefix, stream, member.size, limits)
 
