@@ -28,6 +28,8 @@ def spectrum(kind: str, k: int) -> NDArray[np.float64]:
             return np.eye(1, k)[0] * 3
         case "zero":
             return np.zeros(k)
+        case "orthogonal":
+            return np.ones(k)
         case "repeated":
             return np.repeat([2.0, 1.0], [k // 2, k - k // 2])
     return np.linspace(5, 1, k)
@@ -35,7 +37,7 @@ def spectrum(kind: str, k: int) -> NDArray[np.float64]:
 
 CHOSEN = {
     f"{kind} {m}x{n}": (spectrum(kind, min(m, n)), (m, n))
-    for kind in ("linear", "geometric", "rank one", "zero", "repeated")
+    for kind in ("linear", "geometric", "rank one", "zero", "repeated", "orthogonal")
     for m, n in ((60, 20), (20, 60), (30, 30))
 }
 
