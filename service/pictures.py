@@ -37,27 +37,27 @@ class Chart:
 
 @dataclass(frozen=True, eq=False)
 class LayerSpectrum:
-    """One layer's s*_j, (k,), largest first, finite and at least 0, with a line at each number that is not None.
+    """One layer's s*_j, (k,), largest first, finite and at least 0, with a line at its noise edge and at two ranks.
 
-    `title` and `layer` are a user's plain text; `noise_edge` is divided by Σσ as the values are; `chosen_by` says in
-    a word or two what chose `rank`, as "energy 0.99"; the rest is for the table.
+    `title` and `layer` are a user's plain text; `noise_edge` is divided by Σσ as the values are, None where there is
+    none; `chosen_by` says in a word or two what chose `rank`, as "energy 0.99"; the rest is for the table.
     """
 
     title: str
     layer: str
     shape: tuple[int, ...]
     values: Array
-    noise_edge: float | None = None
-    rank: int | None = None
-    chosen_by: str = ""
-    break_even_rank: int | None = None
-    stable_rank: float | None = None
-    entropy_rank: float | None = None
-    energy_kept: float | None = None
-    relative_frobenius_error: float | None = None
-    kept_fraction: float | None = None
-    verdict: str | None = None
-    scale: Scale = "linear"
+    noise_edge: float | None
+    rank: int
+    chosen_by: str
+    break_even_rank: int
+    stable_rank: float | None
+    entropy_rank: float | None
+    energy_kept: float
+    relative_frobenius_error: float
+    kept_fraction: float
+    verdict: Literal["compress", "keep_dense"]
+    scale: Scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +93,12 @@ class BudgetCurve:
     fractions: Array
     global_errors: Array
     uniform_errors: Array
-    bounds: Array | None = None
-    fraction: float | None = None
-    global_error: float | None = None
-    uniform_error: float | None = None
-    bound: float | None = None
-    measure: str = "relative Frobenius error"
+    bounds: Array
+    fraction: float
+    global_error: float
+    uniform_error: float
+    bound: float
+    measure: str
 
 
 @dataclass(frozen=True)

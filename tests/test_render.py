@@ -52,7 +52,7 @@ def frames(count: int) -> list[Spectrum]:
 def scene_of(shown: list[Spectrum], chart: Chart = CHART, size: Size | None = None) -> Scene:
     """The figure behind a picture, drawn."""
     with style.drawing():
-        scene = lay_out(shown, shown, chart, size or Size())
+        scene = lay_out(shown, chart, size)
         scene.canvas.draw()
     return scene
 
@@ -273,7 +273,7 @@ def test_each_gif_frame_has_its_own_numbers_in_the_table() -> None:
 def test_the_axes_of_an_animation_have_room_for_every_frame() -> None:
     shown = [spectrum(0), spectrum(60), spectrum(1)]
     with style.drawing():
-        scene = lay_out([shown[0], shown[-1]], shown, CHART, Size())
+        scene = lay_out([shown[0], shown[-1]], CHART, every=shown)
     low, high = scene.figure.axes[0].get_ylim()
     assert low <= 0
     assert high > shown[1].values.max()

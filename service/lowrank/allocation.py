@@ -104,7 +104,7 @@ def _options(layer: Layer, weight: float) -> _Options:
     m, n = layer.shape
     ranks = range(1, break_even_rank(layer.shape) + 1)
     lost = weight * np.square(relative_errors(layer.s)[1 : len(ranks) + 1])
-    costs = np.array([*(r * (m + n) for r in ranks), m * n], dtype=np.int64)
+    costs = np.append(np.arange(1, len(ranks) + 1, dtype=np.int64) * (m + n), m * n)
     return _Options((*ranks, None), costs, np.append(lost, 0.0))
 
 

@@ -6,11 +6,9 @@ settings changed; while a call runs, its settings and warning filter are the pro
 A user's text is drawn letter by letter, never as mathtext.
 """
 
-from service.render.budget import budget_png, budget_svg
+from service.render import budget, heatmap, layer, spectrum
+from service.render.frame import stills
 from service.render.gif import spectrum_gif
-from service.render.heatmap import heatmap_png, heatmap_svg
-from service.render.layer import layer_png, layer_svg
-from service.render.spectrum import spectrum_png, spectrum_svg
 
 __all__ = [
     "budget_png",
@@ -23,3 +21,8 @@ __all__ = [
     "spectrum_png",
     "spectrum_svg",
 ]
+
+budget_png, budget_svg = stills(budget.lay_out)
+heatmap_png, heatmap_svg = stills(heatmap.lay_out)
+layer_png, layer_svg = stills(layer.lay_out)
+spectrum_png, spectrum_svg = stills(spectrum.lay_out)

@@ -7,41 +7,31 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from service.pictures import BudgetCurve, Size
-from service.render.frame import Frame, Looks, add_axes, blank, dress, headline, png, svg, table
+from service.render.frame import Frame, Looks, add_axes, blank, dress, headline, table
 from service.render.spectrum import MARKED_LIMIT
-from service.render.style import INK, MUTED, PAPER, REFERENCE, drawing, number, plain, shades
+from service.render.style import INK, MUTED, PAPER, REFERENCE, number, plain, shades
 
 COLUMNS = ("kept fraction", "error, global", "error, uniform", "bound")
 
 
-def budget_png(curve: BudgetCurve, size: Size | None = None) -> bytes:
+def lay_out(curve: BudgetCurve, size: Size | None = None) -> Frame:
     """The error of the global and the uniform plan over the kept fraction, and the bound that no plan can beat."""
-    with drawing():
-        return png(lay_out(curve, size or Size()))
-
-
-def budget_svg(curve: BudgetCurve, size: Size | None = None) -> bytes:
-    """The picture of `budget_png` as curves; `width` and `height` are CSS pixels."""
-    size = size or Size()
-    with drawing():
-        return svg(lay_out(curve, size), size)
-
-
-def lay_out(curve: BudgetCurve, size: Size) -> Frame:
-    """The figure of one model's budget."""
     frame = blank(size)
     layers = "1 layer" if curve.n_layers == 1 else f"{curve.n_layers} layers"
     parameters = f"{curve.n_parameters:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     headline(frame, curve.title, f"one budget for {layers} with {parameters} parameters")
-    asked = (curve.global_error, curve.uniform_error, curve.bound)
+    asked = _asked(curve)
     cells = [number(curve.fraction, ".4g"), *(number(value, "#.4g") for value in asked)]
     _, top = table(frame, COLUMNS, [(cells, _legend(frame.scale))])
     axes = add_axes(frame, top)
     _set_axes(axes, curve, frame.scale)
     _draw(axes, curve, frame.scale)
-    if curve.fraction is not None:
-        _mark(axes, curve, frame.scale)
+    _mark(axes, curve, frame.scale)
     return frame
+
+
+def _asked(curve: BudgetCurve) -> tuple[float, float, float]:
+    return curve.global_error, curve.uniform_error, curve.bound
 
 
 def _legend(scale: float) -> Looks:
@@ -50,9 +40,7 @@ def _legend(scale: float) -> Looks:
 
 
 def _set_axes(axes: Axes, curve: BudgetCurve, scale: float) -> None:
-    asked = (curve.global_error, curve.uniform_error, curve.bound)
-    drawn = [curve.global_errors, curve.uniform_errors, np.array([value for value in asked if value is not None])]
-    values = np.concatenate(drawn if curve.bounds is None else [*drawn, curve.bounds])
+    values = np.concatenate([curve.global_errors, curve.uniform_errors, curve.bounds, _asked(curve)])
     top = float(values[np.isfinite(values)].max(initial=0)) or 1.0
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.02 * top, 1.06 * top)
@@ -69,17 +57,14 @@ def _draw(axes: Axes, curve: BudgetCurve, scale: float) -> None:
     thick: dict[str, Any] = {"linewidth": 1.6 * scale, "clip_on": False, **dots}
     axes.plot(curve.fractions, curve.uniform_errors, color=REFERENCE, **thick)
     axes.plot(curve.fractions, curve.global_errors, color=shades()[-1], **thick)
-    if curve.bounds is not None:
-        thin: dict[str, Any] = {"linewidth": 0.9 * scale, "linestyle": (0, (4, 2.5)), "clip_on": False}
-        axes.plot(curve.fractions, curve.bounds, color=MUTED, **thin)
+    thin: dict[str, Any] = {"linewidth": 0.9 * scale, "linestyle": (0, (4, 2.5)), "clip_on": False}
+    axes.plot(curve.fractions, curve.bounds, color=MUTED, **thin)
 
 
 def _mark(axes: Axes, curve: BudgetCurve, scale: float) -> None:
     """A line at the fraction asked for, and a larger dot where it meets each plan."""
-    fraction = float(curve.fraction or 0)
-    axes.axvline(fraction, color=INK, linewidth=0.8 * scale, zorder=1.8)
+    axes.axvline(curve.fraction, color=INK, linewidth=0.8 * scale, zorder=1.8)
     plans = ((curve.uniform_error, REFERENCE), (curve.global_error, shades()[-1]))
     look: dict[str, Any] = {"marker": "o", "markersize": 7 * scale, "markeredgecolor": PAPER, "clip_on": False}
     for error, color in plans:
-        if error is not None:
-            axes.plot([fraction], [error], color=color, zorder=3, markeredgewidth=1.2 * scale, **look)
+        axes.plot([curve.fraction], [error], color=color, zorder=3, markeredgewidth=1.2 * scale, **look)

@@ -1,10 +1,10 @@
 """What all pictures share: the blank figure, title and subtitle, the table that is also the legend, axes, the bytes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, ParamSpec
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,15 +15,17 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from service.pictures import Size
-from service.render.style import GRID, MUTED, PAPER, ellipsise, plain, text_scale
+from service.render.style import GRID, MUTED, PAPER, drawing, ellipsise, plain, text_scale
 
 Looks = dict[int, dict[str, Any]]
+Shown = ParamSpec("Shown")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A blank figure and how much larger than usual its text is."""
+    """A figure of so many pixels, and how much larger than usual its text is."""
 
+    size: Size
     figure: Figure
     canvas: Any  # FigureCanvasAgg; matplotlib's backends have no types.
     scale: float
@@ -46,11 +48,12 @@ class Row:
     cells: list[Text]
 
 
-def blank(size: Size) -> Frame:
-    """A figure of exactly so many pixels."""
+def blank(size: Size | None) -> Frame:
+    """An empty figure of exactly so many pixels, or as many as usual."""
+    size = size or Size()
     inches = (size.width / size.dpi, size.height / size.dpi)
     figure = Figure(figsize=inches, dpi=size.dpi, facecolor=PAPER)
-    return Frame(figure, FigureCanvasAgg(figure), text_scale(*inches))
+    return Frame(size, figure, FigureCanvasAgg(figure), text_scale(*inches))
 
 
 def put(frame: Frame, place: tuple[float, float], text: str, points: float, **look: Any) -> Text:
@@ -134,18 +137,32 @@ def position(frame: Frame, axes: Axes, values: tuple[float, float]) -> tuple[flo
     return float(x) / frame.pixels(), frame.points()[1] - float(y) / frame.pixels()
 
 
-def png(frame: Frame) -> bytes:
-    """The picture as pixels, with nothing in it that changes from run to run."""
+def stills(lay_out: Callable[Shown, Frame]) -> tuple[Callable[Shown, bytes], Callable[Shown, bytes]]:
+    """What draws what `lay_out` lays out: as PNG, and as SVG, the same picture as curves."""
+
+    def draw_png(*shown: Shown.args, **options: Shown.kwargs) -> bytes:
+        with drawing():
+            return _png(lay_out(*shown, **options))
+
+    def draw_svg(*shown: Shown.args, **options: Shown.kwargs) -> bytes:
+        with drawing():
+            return _svg(lay_out(*shown, **options))
+
+    return draw_png, draw_svg
+
+
+def _png(frame: Frame) -> bytes:
+    """With nothing in it that changes from run to run."""
     buffer = BytesIO()
     frame.canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def svg(frame: Frame, size: Size) -> bytes:
-    """The picture as curves; `width` and `height` are CSS pixels."""
+def _svg(frame: Frame) -> bytes:
+    """Likewise; `width` and `height` are CSS pixels."""
     buffer = BytesIO()
     canvas: Any = FigureCanvasSVG(frame.figure)
     canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
-    pixels = f'width="{size.width}" height="{size.height}"'.encode()
+    pixels = f'width="{frame.size.width}" height="{frame.size.height}"'.encode()
     # matplotlib states the size in points, which a browser turns into another number of pixels.
     return re.sub(rb'width="[\d.]+pt" height="[\d.]+pt"', pixels, buffer.getvalue(), count=1)

@@ -24,7 +24,7 @@ CLEAR = 255  # The palette entry that means "as in the frame before".
 def spectrum_gif(frames: Sequence[Spectrum], chart: Chart, size: Size | None = None, fps: int = 10) -> bytes:
     """The memo's Figure 1: a frame for each spectrum, in order of epoch, over the first one; it loops for ever."""
     with drawing():
-        scene = lay_out([frames[0], frames[-1]], frames, chart, size or Size())
+        scene = lay_out([frames[0], frames[-1]], chart, size, frames)
         body = list(_encoded(_indexed(scene, frames), _durations(len(frames), fps)))
     blank = Image.new("P", scene.canvas.get_width_height())
     blank.putpalette(_palette()[0].tobytes())

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
 from service.pictures import ModelSpectra, Size
-from service.render.frame import Frame, blank, headline, png, put, svg
-from service.render.style import INK, MUTED, PAPER, drawing, plain
+from service.render.frame import Frame, blank, headline, put
+from service.render.style import INK, MUTED, PAPER, plain
 
 Bytes = NDArray[np.uint8]
 
@@ -39,21 +39,8 @@ class Area:
     bottom: float
 
 
-def heatmap_png(model: ModelSpectra, size: Size | None = None) -> bytes:
+def lay_out(model: ModelSpectra, size: Size | None = None) -> Frame:
     """A model's layers as rows of colour: σ_j/σ₁, logarithmic, over j/k; a zero matrix is a blank row."""
-    with drawing():
-        return png(lay_out(model, size or Size()))
-
-
-def heatmap_svg(model: ModelSpectra, size: Size | None = None) -> bytes:
-    """The picture of `heatmap_png`, its text as curves; `width` and `height` are CSS pixels."""
-    size = size or Size()
-    with drawing():
-        return svg(lay_out(model, size), size)
-
-
-def lay_out(model: ModelSpectra, size: Size) -> Frame:
-    """The figure of a model's layers."""
     frame = blank(size)
     width, height = frame.points()
     bottom = _whole(frame, height - BELOW)

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from service.pictures import LayerSpectrum, Size
-from service.render.frame import Frame, add_axes, blank, extent, headline, png, position, put, settle, svg, table
+from service.render.frame import Frame, add_axes, blank, extent, headline, position, put, settle, table
 from service.render.spectrum import add_curve, set_axes
-from service.render.style import MUTED, PAPER, REFERENCE, drawing, ellipsise, number, plain, shades
+from service.render.style import MUTED, PAPER, REFERENCE, ellipsise, number, plain, shades
 
 COLUMNS = ("stable rank", "entropy rank", "energy kept", "error", "kept fraction", "verdict")
 LANE = 12  # Points of the picture's own for a line of text within the axes.
@@ -22,21 +22,8 @@ BELOW = 40  # Points that ticks and label of the horizontal axis take.
 BACKING = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # A line must not run through a word.
 
 
-def layer_png(layer: LayerSpectrum, size: Size | None = None) -> bytes:
+def lay_out(layer: LayerSpectrum, size: Size | None = None) -> Frame:
     """One layer's s*_j over j, with a labelled line at the noise edge, the chosen and the break-even rank."""
-    with drawing():
-        return png(lay_out(layer, size or Size()))
-
-
-def layer_svg(layer: LayerSpectrum, size: Size | None = None) -> bytes:
-    """The picture of `layer_png` as curves; `width` and `height` are CSS pixels."""
-    size = size or Size()
-    with drawing():
-        return svg(lay_out(layer, size), size)
-
-
-def lay_out(layer: LayerSpectrum, size: Size) -> Frame:
-    """The figure of one layer, its layout settled."""
     frame = blank(size)
     color = shades()[-1]
     shape = " × ".join(map(str, layer.shape))
@@ -65,20 +52,17 @@ def _cells(layer: LayerSpectrum) -> list[str]:
         number(layer.energy_kept, ".4f"),
         number(layer.relative_frobenius_error, "#.4g"),
         number(layer.kept_fraction, ".4f"),
-        plain((layer.verdict or "–").replace("_", " ")),
+        layer.verdict.replace("_", " "),
     ]
 
 
 def _marks(layer: LayerSpectrum) -> list[tuple[int, str, dict[str, Any]]]:
     """The vertical lines: the rank, its label, and how the line looks."""
-    found: list[tuple[int, str, dict[str, Any]]] = []
-    if layer.rank is not None:
-        why = f" ({plain(layer.chosen_by)})" if layer.chosen_by else ""
-        found.append((layer.rank, f"rank {layer.rank}{why}", {"color": shades()[0]}))
-    if layer.break_even_rank is not None:
-        look = {"color": MUTED, "linestyle": (0, (4, 2.5))}
-        found.append((layer.break_even_rank, f"break-even {layer.break_even_rank}", look))
-    return found
+    chosen, even = layer.rank, layer.break_even_rank
+    return [
+        (chosen, f"rank {chosen} ({plain(layer.chosen_by)})", {"color": shades()[0]}),
+        (even, f"break-even {even}", {"color": MUTED, "linestyle": (0, (4, 2.5))}),
+    ]
 
 
 def _raise_top(axes: Axes, share: float) -> None:

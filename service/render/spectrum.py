@@ -3,60 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from service.lowrank.ranks import Array
-from service.pictures import Chart, Size, Spectrum
-from service.render.frame import Frame, Row, add_axes, blank, dress, headline, png, svg, table
-from service.render.style import REFERENCE, drawing, number, shades
+from service.pictures import Chart, Scale, Size, Spectrum
+from service.render.frame import Frame, Row, add_axes, blank, dress, headline, table
+from service.render.style import REFERENCE, number, shades
 
 COLUMNS = ("epoch", "train loss", "validation loss", "entropy rank", "stable rank")
 MARKED_LIMIT = 200  # More dots than this run into a band that hides the curve.
 LOG_SPAN = 1e-16  # Below this share of the largest value a float64 singular value is rounding, not spectrum.
-Scale = Literal["linear", "log"]
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A laid-out figure: curve and row of each spectrum in the order given, the vertical axis's lower limit."""
+class Scene(Frame):
+    """A frame that is drawn: curve and row of each spectrum in the order given, the vertical axis's lower limit."""
 
-    frame: Frame
     curves: list[Line2D]
     rows: list[Row]
     floor: float
 
-    @property
-    def figure(self) -> Figure:
-        """The frame's figure."""
-        return self.frame.figure
 
-    @property
-    def canvas(self) -> Any:
-        """The frame's canvas."""
-        return self.frame.canvas
-
-
-def spectrum_png(spectra: Sequence[Spectrum], chart: Chart, size: Size | None = None) -> bytes:
-    """One epoch's spectrum, or the first and the last overlaid: `spectra` is one or two."""
-    with drawing():
-        return png(lay_out(spectra, spectra, chart, size or Size()).frame)
-
-
-def spectrum_svg(spectra: Sequence[Spectrum], chart: Chart, size: Size | None = None) -> bytes:
-    """The picture of `spectrum_png` as curves; `width` and `height` are CSS pixels."""
-    size = size or Size()
-    with drawing():
-        return svg(lay_out(spectra, spectra, chart, size).frame, size)
-
-
-def lay_out(shown: Sequence[Spectrum], every: Sequence[Spectrum], chart: Chart, size: Size) -> Scene:
-    """Draw `shown` on axes that have room for `every`."""
+def lay_out(
+    shown: Sequence[Spectrum], chart: Chart, size: Size | None = None, every: Sequence[Spectrum] | None = None
+) -> Scene:
+    """One epoch's spectrum, or the first and the last overlaid, on axes with room for `every`: those shown, or more."""
     frame = blank(size)
     colors = [REFERENCE, shades()[-1]][-len(shown) :]
     symbol = "W" if chart.of == "weights" else "W − W₀"
@@ -66,11 +41,11 @@ def lay_out(shown: Sequence[Spectrum], every: Sequence[Spectrum], chart: Chart, 
     entries = [(cells(spectrum), {0: {"color": color}}) for spectrum, color in zip(shown, colors, strict=True)]
     rows, top = table(frame, COLUMNS, entries)
     axes = add_axes(frame, top)
-    floor = set_axes(axes, [spectrum.values for spectrum in every], chart.scale, frame.scale)
+    floor = set_axes(axes, [spectrum.values for spectrum in every or shown], chart.scale, frame.scale)
     curves = [
         add_curve(axes, spectrum.values, color, frame.scale) for spectrum, color in zip(shown, colors, strict=True)
     ]
-    return Scene(frame, curves, rows, floor)
+    return Scene(**vars(frame), curves=curves, rows=rows, floor=floor)
 
 
 def cells(spectrum: Spectrum) -> list[str]:

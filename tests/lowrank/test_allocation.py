@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.errors import BadRequestValue
 from service.lowrank import allocation
-from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, global_budget
+from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, allocator, global_budget
 
 WEIGHTINGS: list[Weighting] = ["absolute", "relative"]
 Points = list[tuple[int, float, int | None]]  # cost, energy lost, rank
@@ -194,6 +194,16 @@ def test_a_mixed_model_beats_uniform_and_comes_close_to_the_bound(fraction: floa
     check_plan(answer.plan, model(), fraction, weighting)
     assert answer.bound <= answer.plan.objective < answer.uniform.objective
     assert answer.plan.objective - answer.bound <= largest_step(model(), weighting) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_many_fractions_get_what_each_gets_alone(weighting: Weighting) -> None:
+    layers = [*model(), Layer("row", (1, 30), np.ones(1)), Layer("zero", (64, 64), np.zeros(64))]
+    allocate = allocator(layers, weighting)
+    for fraction in (0.9, 0.05, 1.0, 0.3):
+        assert allocate(fraction) == global_budget(layers, fraction, weighting)
+        with pytest.raises(BadRequestValue, match="too little"):
+            allocate(0.001)
 
 
 def test_the_bound_falls_as_the_budget_grows() -> None:
