@@ -10,7 +10,7 @@ import numpy as np
 from service import reports
 from service.errors import BadRequestValue
 from service.lowrank import compression, describe, normalized, rescaled, times_power
-from service.lowrank.allocation import Allocation, Layer, Weighting, allocator, global_budget
+from service.lowrank.allocation import Allocation, Layer, Weighting, allocator, global_budget, total_energy
 from service.lowrank.compression import Rule
 from service.lowrank.ranks import Array
 from service.pictures import BudgetCurve, LayerSpectrum, Scale
@@ -189,7 +189,7 @@ def budget_curve(rows: Sequence[TensorRow], report: dict[str, Any], title: str) 
     """Lost share of the weighted energy by both plans and the bound, over all budgets; marked the one of the report."""
     layers, _ = layers_of(rows)
     weighting: Weighting = report["weighting"]
-    everything = _weighted_energy(layers, weighting)
+    everything = total_energy(layers, weighting)
     fractions = np.linspace(1 / FRACTIONS, 1, FRACTIONS)
     allocate = allocator(layers, weighting)
     lost = np.array([_lost(allocate, fraction) for fraction in [*fractions.tolist(), report["fraction"]]])
@@ -218,9 +218,3 @@ def _lost(allocate: Callable[[float], Allocation], fraction: float) -> list[floa
     except BadRequestValue:
         return [math.nan] * 3
     return [answer.plan.objective, answer.uniform.objective, answer.bound]
-
-
-def _weighted_energy(layers: Sequence[Layer], weighting: Weighting) -> float:
-    if weighting == "relative":
-        return float(sum(layer.s[0] > 0 for layer in layers))
-    return math.fsum(float(np.square(layer.s).sum()) for layer in layers)

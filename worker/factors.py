@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from service import files, plans, store
-from service.errors import UploadError
+from service.errors import UploadError, refusal_of
 from service.schemas import FactorsSpec
 from service.settings import Settings
 from service.store import TensorRow
@@ -14,8 +14,6 @@ from worker.factor_files import write_factors
 from worker.factor_layout import Planned
 from worker.recorder import Recorder
 from worker.source import Source
-
-REFUSALS = {refusal.kind: refusal for refusal in UploadError.__subclasses__()}
 
 
 def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
@@ -44,5 +42,6 @@ def _planned(tensor: Tensor, row: TensorRow, choices: dict[int, plans.Choice]) -
     if row.status == "analysed":
         choice = choices[row.position]
         return Planned(tensor, choice.rank, choice.reason)
-    refusal = REFUSALS.get(row.reason or "", UploadError)(row.detail or "it was not analysed")
-    return Planned(replace(tensor, refusal=tensor.refusal or refusal), None, row.detail or "it was not analysed")
+    why = row.detail or "it was not analysed"
+    refusal = tensor.refusal or refusal_of(row.reason or "", why) or UploadError(why)
+    return Planned(replace(tensor, refusal=refusal), None, why)

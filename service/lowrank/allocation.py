@@ -90,12 +90,24 @@ def allocator(layers: Sequence[Layer], weighting: Weighting) -> Callable[[float]
     return allocate
 
 
-def _weighted_options(layers: Sequence[Layer], weighting: Weighting) -> tuple[float, list[_Options]]:
-    """The largest σ₁ of the model, and the options with energies over its square, which alone might overflow."""
+def total_energy(layers: Sequence[Layer], weighting: Weighting) -> float:
+    """Σ_l w_l·‖W_l‖_F²: the objective of a plan that keeps nothing."""
+    unit, energies = _weighted_energies(layers, weighting)
+    return math.fsum(energies) * unit * unit
+
+
+def _weighted_energies(layers: Sequence[Layer], weighting: Weighting) -> tuple[float, list[float]]:
+    """A unit, and w_l·‖W_l‖_F² of each layer over its square: the squares themselves might overflow."""
     if weighting == "relative":
-        return 1.0, [_options(layer, 1.0) for layer in layers]
+        return 1.0, [float(layer.s[0] > 0) for layer in layers]
     unit = max((float(layer.s[0]) for layer in layers), default=0.0) or 1.0
-    return unit, [_options(layer, float((layer.s[0] / unit) ** 2 * stable_rank(layer.s))) for layer in layers]
+    return unit, [float((layer.s[0] / unit) ** 2 * stable_rank(layer.s)) for layer in layers]
+
+
+def _weighted_options(layers: Sequence[Layer], weighting: Weighting) -> tuple[float, list[_Options]]:
+    """The unit, and the options with energies over its square."""
+    unit, energies = _weighted_energies(layers, weighting)
+    return unit, [_options(layer, energy) for layer, energy in zip(layers, energies, strict=True)]
 
 
 def _options(layer: Layer, weight: float) -> _Options:

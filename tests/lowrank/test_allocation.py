@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.errors import BadRequestValue
 from service.lowrank import allocation
-from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, allocator, global_budget
+from service.lowrank.allocation import Allocation, Layer, Plan, Weighting, allocator, global_budget, total_energy
 
 WEIGHTINGS: list[Weighting] = ["absolute", "relative"]
 Points = list[tuple[int, float, int | None]]  # cost, energy lost, rank
@@ -138,6 +138,15 @@ def test_single_changes_are_made_largest_gain_first_until_none_fits(seed: int) -
         _, cost, i, to = max(fitting)
         expected[i], left = to, left - cost
     assert allocation._improve(options, [0] * len(options), budget) == expected
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_total_energy_is_what_keeping_nothing_loses(weighting: Weighting) -> None:
+    zero, small = Layer("0", (2, 2), np.zeros(2)), Layer("b", (2, 3), np.array([2.0, 1.0]))
+    layers = [geometric("a", (5, 4), 0.5, top=3.0), small, zero]
+    norms = [float(np.sum(layer.s**2)) for layer in layers]
+    expected = 2.0 if weighting == "relative" else sum(norms)
+    assert total_energy(layers, weighting) == pytest.approx(expected, rel=1e-14)
 
 
 def test_what_the_filling_leaves_is_spent() -> None:
