@@ -1,6 +1,6 @@
 """What a route may use, built once in `create_app` and handed to it as a dependency."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -16,11 +16,13 @@ OWNER = "public"  # Everybody, while no API keys are set up.
 
 @dataclass(frozen=True)
 class Context:
-    """Settings, database and drawing process of this application."""
+    """Settings, database and drawing process of this application, and for whom a request is."""
 
     settings: Settings
     database: Database
     drawing: Drawing
+    owner: str = OWNER
+    in_flight: dict[str, object] = field(default_factory=dict)  # who holds which scope of an Idempotency-Key
 
 
 def _context(request: Request) -> Context:

@@ -15,6 +15,9 @@ RankscopeError
 ├── InvalidState             the job's status forbids it
 ├── SpectrumNotReady         epoch 0 is not recorded yet
 ├── PreconditionFailed       If-Match named another version
+├── IdempotencyKeyInvalid    the key is empty, too long, or not visible ASCII
+├── IdempotencyKeyReused     the key came with another body before
+├── IdempotencyInProgress    the request that came first with the key is not done
 ├── QueueFull
 ├── StorageFull
 ├── DatabaseUnavailable
@@ -112,6 +115,18 @@ class SpectrumNotReady(RankscopeError):
 
 class PreconditionFailed(RankscopeError):
     """The version named in If-Match is not the current one."""
+
+
+class IdempotencyKeyInvalid(RankscopeError):
+    """An Idempotency-Key that is no key."""
+
+
+class IdempotencyKeyReused(RankscopeError):
+    """The Idempotency-Key stands for another request."""
+
+
+class IdempotencyInProgress(RankscopeError):
+    """The first request with this Idempotency-Key is not done yet."""
 
 
 class QueueFull(RankscopeError):

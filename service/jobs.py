@@ -9,13 +9,14 @@ from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from service import files, store
-from service.context import OWNER, Context
+from service.context import Context
 from service.errors import StorageFull
 from service.http import etag, matches
+from service.idempotency import Once
 from service.representations import to_json
 from service.store import TERMINAL, JobRow
 
-WAIT_S, LONGEST_WAIT_S = 10, 30
+LONGEST_WAIT_S = 30
 FIRST_LOOK_S, SLOWEST_LOOK_S = 0.02, 0.1
 
 
@@ -45,22 +46,31 @@ def answer(
     return Response(to_json(body), status, head, "application/json")
 
 
-def cancel(here: Context, kind: str, job_id: str) -> JobRow:
+def read(here: Context, kind: str, job_id: str) -> JobRow:
+    """The job as it is now. Raises NotFound."""
+    with here.database.read.begin() as session:
+        return store.get_job(session, kind, here.owner, job_id)
+
+
+def cancel(here: Context, once: Once, kind: str, job_id: str) -> JobRow:
     """Ask a job to stop; one that is over stays as it is. Raises NotFound."""
+    if (canceled := once.earlier()) is not None:
+        return read(here, kind, canceled)
     with here.database.write.begin() as session:
-        store.get_job(session, kind, OWNER, job_id)
+        store.get_job(session, kind, here.owner, job_id)
+        once.record(session, job_id)
         return store.cancel_job(session, job_id)
 
 
-def cancel_status(row: JobRow) -> int:
+def cancel_answer(row: JobRow, body: dict[str, Any], once: Once) -> Response:
     """202 while the job is still stopping."""
-    return 202 if row.status == "canceling" else 200
+    return answer(row, body, status=202 if row.status == "canceling" else 200, headers=once.headers)
 
 
 def remove(here: Context, kind: str, job_id: str) -> Response:
     """Delete a job that does not run, all it recorded and all that was made of it. Raises NotFound, InvalidState."""
     with here.database.write.begin() as session:
-        store.get_job(session, kind, OWNER, job_id)
+        store.get_job(session, kind, here.owner, job_id)
         gone = store.delete_job(session, job_id)
     for member in gone:
         files.remove_job(here.settings.data, member)
@@ -74,15 +84,15 @@ def check_disk(here: Context, coming: int = 0) -> None:
         raise StorageFull(f"{max(free, 0)} bytes of disk would be free, {reserve} are kept in reserve; delete old jobs")
 
 
-def preference(request: Request) -> tuple[float, str]:
-    """Seconds that the client wants to wait for a result (RFC 7240), and what to say of it in Preference-Applied."""
+def preference(request: Request, default_s: float) -> tuple[float, dict[str, str]]:
+    """Seconds that the client wants to wait for a result (RFC 7240), and the header that says so."""
     wanted = ",".join(request.headers.getlist("prefer")).lower()
     if found := re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", wanted):
         seconds = min(int(found[1]), LONGEST_WAIT_S)
-        return seconds, f"wait={seconds}"
+        return seconds, {"preference-applied": f"wait={seconds}"}
     if re.search(r"(?:^|[,;\s])respond-async\s*(?:$|[,;])", wanted):
-        return 0, "respond-async"
-    return WAIT_S, ""
+        return 0, {"preference-applied": "respond-async"}
+    return default_s, {}
 
 
 async def wait(here: Context, request: Request, row: JobRow, seconds: float) -> JobRow:
@@ -91,10 +101,5 @@ async def wait(here: Context, request: Request, row: JobRow, seconds: float) -> 
     while row.status not in TERMINAL and time.monotonic() < deadline and not await request.is_disconnected():
         await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
         pause = min(1.2 * pause, SLOWEST_LOOK_S)
-        row = await run_in_threadpool(_look, here, row)
+        row = await run_in_threadpool(read, here, row.kind, row.id)
     return row
-
-
-def _look(here: Context, row: JobRow) -> JobRow:
-    with here.database.read.begin() as session:
-        return store.get_job(session, row.kind, row.owner, row.id)

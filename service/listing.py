@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from service import store, views
-from service.context import OWNER, Context
+from service.context import Context
 from service.errors import BadRequestValue
 from service.representations import to_json
 from service.schemas import TAG_KEY, Name
@@ -37,7 +37,7 @@ def answer(
 ) -> Response:
     """A page of the jobs of one kind, each shown by `view`, with the cursor of the next page and a Link to it."""
     with here.database.read.begin() as session:
-        rows = store.list_jobs(session, kind, OWNER, _page(query))
+        rows = store.list_jobs(session, kind, here.owner, _page(query))
     shown = rows[: query.limit]
     more = len(rows) > query.limit
     cursor = _cursor(shown[-1]) if more else None

@@ -54,6 +54,12 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.MalformedMultipart: Problem(
         "malformed-multipart", 400, "The multipart body is malformed", "Send one file part, or the bytes as the body."
     ),
+    errors.IdempotencyKeyInvalid: Problem(
+        "idempotency-key-invalid",
+        400,
+        "The Idempotency-Key is not valid",
+        "Send 1 to 255 visible ASCII characters, a UUID for example.",
+    ),
     errors.HostNotAllowed: Problem(
         "host-not-allowed", 400, "This server does not answer to that host", "Add the name to RANKSCOPE_HOSTS."
     ),
@@ -69,6 +75,12 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     ),
     errors.SpectrumNotReady: Problem(
         "spectrum-not-ready", 409, "Nothing is recorded yet", "Wait for epoch 0: follow `progress` of the job."
+    ),
+    errors.IdempotencyInProgress: Problem(
+        "idempotency-in-progress",
+        409,
+        "A request with this key is not done yet",
+        "Wait as Retry-After says, then send it again.",
     ),
     errors.PreconditionFailed: Problem(
         "precondition-failed", 412, "The resource has changed", "Read it again and send its new ETag in If-Match."
@@ -103,6 +115,12 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.BudgetExceeded: Problem(
         "budget-exceeded", 422, "All together this asks too much", "`figure` and `limit` tell by how much."
     ),
+    errors.IdempotencyKeyReused: Problem(
+        "idempotency-key-reused",
+        422,
+        "The Idempotency-Key belongs to another request",
+        "Send a new key with a new request, and an old one only with the same body.",
+    ),
     errors.QueueFull: Problem("queue-full", 429, "The queue is full", "Wait as Retry-After says."),
     errors.RankscopeError: Problem(
         "internal-error", 500, "Something unexpected happened", "Report it with the request id; it is in our log."
@@ -114,7 +132,7 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.StorageFull: Problem("storage-full", 507, "The disk is full", "Delete old experiments, or add space."),
 }
 BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
-RETRY_AFTER_S = {"queue-full": 10, "database-unavailable": 5, "draining": 5}
+RETRY_AFTER_S = {"idempotency-in-progress": 1, "queue-full": 10, "database-unavailable": 5, "draining": 5}
 HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "

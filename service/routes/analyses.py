@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from service import files, intake, jobs, listing, reports, store, views
-from service.context import JSON_ONLY, OWNER, Context, Here
+from service.context import JSON_ONLY, Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, NotFound, refusal_of
+from service.idempotency import Once, OnceOnly
 from service.intake import Received
 from service.problems import problem_response
 from service.representations import ANSWER_LIMIT
@@ -19,6 +20,7 @@ from service.uploads import Matricize, Upload, inspect
 
 router = APIRouter(tags=["analyses"])
 KIND = "analysis"
+WAIT_S = 10
 TENSOR_VALUES = 70  # What is said of each tensor besides its singular values: ranks and norms, a report, a table.
 BODY: dict[str, Any] = {
     "requestBody": {
@@ -64,28 +66,32 @@ class AnalyzeQuery(ReportQuery):
     openapi_extra=BODY,
     dependencies=JSON_ONLY,
 )
-async def analyze(here: Here, request: Request, query: Annotated[AnalyzeQuery, Query()]) -> Response:
+async def analyze(here: Here, once: OnceOnly, request: Request, query: Annotated[AnalyzeQuery, Query()]) -> Response:
     """Analyse a weight file: .npy, .npz, .safetensors, or .pt where allowed; the body is the file, or multipart.
 
     The answer waits for the report as long as `Prefer: wait=` says (10 s if nothing is said), and is 202 after that.
     """
     async with intake.received(here, request) as upload:
-        row = await run_in_threadpool(_create, here, upload, query)
-    seconds, applied = jobs.preference(request)
+        row = await run_in_threadpool(_create, here, once, upload, query)
+    seconds, applied = jobs.preference(request, WAIT_S)
     row = await jobs.wait(here, request, row, seconds)
-    headers = {"location": f"/analyses/{row.id}", **({"preference-applied": applied} if applied else {})}
+    headers = {"location": f"/analyses/{row.id}", **applied, **once.headers}
     return await run_in_threadpool(_answer, here, request, row, query.top_k, headers)
 
 
-def _create(here: Context, upload: Received, query: AnalyzeQuery) -> JobRow:
+def _create(here: Context, once: Once, upload: Received, query: AnalyzeQuery) -> JobRow:
     """Check the file's headers, shapes and sizes, keep it and queue the job. Raises UploadError and others."""
+    if (earlier := once.earlier([upload.sha256, query.model_dump()])) is not None:
+        return jobs.read(here, KIND, earlier)
     found = inspect(upload.file, upload.size, here.settings.upload_limits(query.matricize))
     data, job_id = here.settings.data, store.new_id()
     files.expect(data, job_id)
     try:
         with here.database.write.begin() as session:
-            base = _base(session, query.base)
-            row = store.create_job(session, _job(upload, found, query, base), here.settings.queue_limit, job_id)
+            base = _base(session, here.owner, query.base)
+            job = {**_job(upload, found, query, base), "owner": here.owner}
+            row = store.create_job(session, job, here.settings.queue_limit, job_id)
+            once.record(session, job_id)
             store.add_tensors(session, job_id, found.tensors)
             files.keep(upload.file, files.upload_path(data, job_id))
             if base is not None:
@@ -97,11 +103,11 @@ def _create(here: Context, upload: Received, query: AnalyzeQuery) -> JobRow:
     return row
 
 
-def _base(session: Session, base_id: str | None) -> JobRow | None:
+def _base(session: Session, owner: str, base_id: str | None) -> JobRow | None:
     if base_id is None:
         return None
     try:
-        return store.get_job(session, KIND, OWNER, base_id)
+        return store.get_job(session, KIND, owner, base_id)
     except NotFound as error:
         raise BadRequestValue("base", base_id, "is no analysis") from error
 
@@ -109,7 +115,6 @@ def _base(session: Session, base_id: str | None) -> JobRow | None:
 def _job(upload: Received, found: Upload, query: AnalyzeQuery, base: JobRow | None) -> dict[str, Any]:
     return {
         "kind": KIND,
-        "owner": OWNER,
         "name": query.name,
         "tags": {},
         "priority": query.priority,
@@ -169,7 +174,7 @@ def index(here: Here, request: Request, query: Annotated[listing.ListQuery, Quer
 def read(here: Here, request: Request, analysis_id: str, query: Annotated[ReportQuery, Query()]) -> Response:
     """The report: every tensor analysed, or skipped with the reason; it fills while the job runs."""
     with here.database.read.begin() as session:
-        row = store.get_job(session, KIND, OWNER, analysis_id)
+        row = store.get_job(session, KIND, here.owner, analysis_id)
         if (same := jobs.unchanged(request, row, query.top_k)) is not None:
             return same
         rows = store.tensors(session, row.id)
@@ -179,10 +184,10 @@ def read(here: Here, request: Request, analysis_id: str, query: Annotated[Report
 @router.post(
     "/analyses/{analysis_id}/cancel", response_model=views.AnalysisSummary, responses={202: {}}, dependencies=JSON_ONLY
 )
-def cancel(here: Here, analysis_id: str) -> Response:
+def cancel(here: Here, once: OnceOnly, analysis_id: str) -> Response:
     """Stop a queued or running analysis; the tensors that it has analysed stay."""
-    row = jobs.cancel(here, KIND, analysis_id)
-    return jobs.answer(row, views.analysis(row), status=jobs.cancel_status(row))
+    row = jobs.cancel(here, once, KIND, analysis_id)
+    return jobs.cancel_answer(row, views.analysis(row), once)
 
 
 @router.delete("/analyses/{analysis_id}", status_code=204)

@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
 from service import files, plans, reports, representations, store, views
-from service.context import OWNER, Context, Here
+from service.context import Context, Here
 from service.errors import BadRequestValue, InvalidState, SpectrumNotReady
 from service.http import choose_format, unchanged
 from service.lowrank import normalized
@@ -76,7 +76,7 @@ def _prepare(
 ) -> Response | tuple[dict[str, str], Path, Task]:
     name, query = form
     with here.database.read.begin() as session:
-        row = store.get_job(session, KIND, OWNER, analysis_id)
+        row = store.get_job(session, KIND, here.owner, analysis_id)
         headers = views.validators(row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from service import representations, store, views
-from service.context import JSON_ONLY, OWNER, Here
+from service.context import JSON_ONLY, Here
 from service.errors import BadRequestValue, SpectrumNotReady
 from service.http import unchanged
 from service.lowrank import compression
@@ -31,7 +31,7 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
     """The report for one layer at the last recorded epoch: a rule's rank, and errors, loss and R² for every rank."""
     check_parameters(query.rule, query)
     with here.database.read.begin() as session:
-        row = store.get_job(session, "experiment", OWNER, experiment_id)
+        row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
         headers = views.validators(row, last, query.model_dump_json())
         if unchanged(request, headers):

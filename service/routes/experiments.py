@@ -1,15 +1,18 @@
 """Experiments: post, read, list, rename, cancel, delete."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from service import jobs, listing, store, views
-from service.context import JSON_ONLY, OWNER, Body, Here, takes
+from service.context import JSON_ONLY, Body, Context, Here, takes
 from service.errors import BadRequestValue, PreconditionFailed
 from service.http import matches
+from service.idempotency import Once, OnceOnly
 from service.schemas import ExperimentSpec, Name, Strict, Tags, resolve
+from service.store import TERMINAL, JobRow
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 KIND = "experiment"
@@ -26,17 +29,32 @@ class LabelChanges(Strict):
     "",
     status_code=202,
     response_model=views.Experiment,
+    responses={200: {"model": views.Experiment, "description": "It was over in the time that `Prefer: wait=` gave"}},
     openapi_extra=takes(ExperimentSpec),
     dependencies=JSON_ONLY,
 )
-def create(here: Here, body: Body) -> Response:
-    """Queue a training run; `{}` is the memo's experiment."""
+async def create(here: Here, once: OnceOnly, request: Request, body: Body) -> Response:
+    """Queue a training run; `{}` is the memo's experiment. `Prefer: wait=` waits for its end, and is answered 200 then.
+
+    Sent again with its Idempotency-Key, it answers with the same experiment as it is now.
+    """
+    row = await run_in_threadpool(_queue, here, once, body)
+    seconds, applied = jobs.preference(request, 0)
+    row = await jobs.wait(here, request, row, seconds)
+    headers = {"location": f"/experiments/{row.id}", **applied, **once.headers}
+    status = 200 if seconds and row.status in TERMINAL else 202
+    return jobs.answer(row, views.experiment(row), status=status, headers=headers)
+
+
+def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
+    if (earlier := once.earlier(body)) is not None:
+        return jobs.read(here, KIND, earlier)
     spec = resolve(body)
     _check_device(spec.device, here.settings.device_names)
     jobs.check_disk(here)
     job = {
         "kind": KIND,
-        "owner": OWNER,
+        "owner": here.owner,
         "name": spec.name,
         "tags": spec.tags,
         "spec": spec.model_dump(),
@@ -45,7 +63,8 @@ def create(here: Here, body: Body) -> Response:
     }
     with here.database.write.begin() as session:
         row = store.create_job(session, job, here.settings.queue_limit)
-    return jobs.answer(row, views.experiment(row), status=202, headers={"location": f"/experiments/{row.id}"})
+        once.record(session, row.id)
+    return row
 
 
 def _check_device(device: str, offered: list[str]) -> None:
@@ -63,8 +82,7 @@ def index(here: Here, request: Request, query: Annotated[listing.ListQuery, Quer
 @router.get("/{experiment_id}", response_model=views.Experiment, dependencies=JSON_ONLY)
 def read(here: Here, request: Request, experiment_id: str) -> Response:
     """One experiment: its status, progress and specification."""
-    with here.database.read.begin() as session:
-        row = store.get_job(session, KIND, OWNER, experiment_id)
+    row = jobs.read(here, KIND, experiment_id)
     return jobs.unchanged(request, row) or jobs.answer(row, views.experiment(row))
 
 
@@ -79,7 +97,7 @@ def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Resp
     changes = LabelChanges.model_validate(body).model_dump(exclude_unset=True)
     expected = request.headers.get("if-match")
     with here.database.write.begin() as session:
-        row = store.get_job(session, KIND, OWNER, experiment_id)
+        row = store.get_job(session, KIND, here.owner, experiment_id)
         if expected is not None and not matches(expected, jobs.tag(row), weakly=False):
             raise PreconditionFailed(f"the ETag is {jobs.tag(row)} now")
         row = store.rename_job(session, experiment_id, changes)
@@ -87,10 +105,10 @@ def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Resp
 
 
 @router.post("/{experiment_id}/cancel", response_model=views.Experiment, responses={202: {}}, dependencies=JSON_ONLY)
-def cancel(here: Here, experiment_id: str) -> Response:
+def cancel(here: Here, once: OnceOnly, experiment_id: str) -> Response:
     """Stop a queued or running experiment; what it has recorded stays. Calling it again changes nothing."""
-    row = jobs.cancel(here, KIND, experiment_id)
-    return jobs.answer(row, views.experiment(row), status=jobs.cancel_status(row))
+    row = jobs.cancel(here, once, KIND, experiment_id)
+    return jobs.cancel_answer(row, views.experiment(row), once)
 
 
 @router.delete("/{experiment_id}", status_code=204)

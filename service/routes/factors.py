@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from service import files, jobs, plans, reports, store, views
-from service.context import JSON_ONLY, OWNER, Body, Here, takes
+from service.context import JSON_ONLY, Body, Context, Here, takes
 from service.downloads import download
 from service.errors import InvalidState, NotAcceptable, NotFound
 from service.http import etag
+from service.idempotency import Once, OnceOnly
 from service.routes import analyses
 from service.schemas import FactorsSpec
 from service.store import JobRow
@@ -30,27 +31,34 @@ class FactorsQuery(BaseModel):
 @router.post(
     "", status_code=202, response_model=views.Factors, openapi_extra=takes(FactorsSpec), dependencies=JSON_ONLY
 )
-def create(here: Here, analysis_id: str, body: Body) -> Response:
+def create(here: Here, once: OnceOnly, analysis_id: str, body: Body) -> Response:
     """Write the layers as factors `name.A` (r×n) and `name.B` (m×r), at a rule's ranks, or as an adapter for PEFT."""
+    earlier = once.earlier(body)
+    row = _queue(here, once, analysis_id, body) if earlier is None else jobs.read(here, KIND, earlier)
+    headers = {"location": f"/analyses/{analysis_id}/factors/{row.id}", **once.headers}
+    return jobs.answer(row, views.factors(row, None), status=202, headers=headers)
+
+
+def _queue(here: Context, once: Once, analysis_id: str, body: dict[str, Any]) -> JobRow:
     spec = FactorsSpec.model_validate(body)
     with here.database.read.begin() as session:
-        analysis = store.get_job(session, analyses.KIND, OWNER, analysis_id)
+        analysis = store.get_job(session, analyses.KIND, here.owner, analysis_id)
         rows = store.tensors(session, analysis.id)
     if analysis.status != "succeeded" or not reports.analysed(rows):
         raise InvalidState(f"the analysis {analysis.status}, with {len(reports.analysed(rows))} tensors analysed")
     plans.choices_for(rows, spec)
     jobs.check_disk(here, analysis.spec["source"]["bytes"])
     with here.database.write.begin() as session:
-        store.get_job(session, analyses.KIND, OWNER, analysis_id)  # It may have been deleted meanwhile.
+        store.get_job(session, analyses.KIND, here.owner, analysis_id)  # It may have been deleted meanwhile.
         row = store.create_job(session, _job(spec, analysis), here.settings.queue_limit)
-    headers = {"location": f"/analyses/{analysis_id}/factors/{row.id}"}
-    return jobs.answer(row, views.factors(row, None), status=202, headers=headers)
+        once.record(session, row.id)
+    return row
 
 
 def _job(spec: FactorsSpec, analysis: JobRow) -> dict[str, Any]:
     return {
         "kind": KIND,
-        "owner": OWNER,
+        "owner": analysis.owner,
         "name": spec.name,
         "tags": {},
         "priority": spec.priority,
@@ -60,8 +68,8 @@ def _job(spec: FactorsSpec, analysis: JobRow) -> dict[str, Any]:
     }
 
 
-def _factors(session: Session, analysis_id: str, factors_id: str) -> JobRow:
-    row = store.get_job(session, KIND, OWNER, factors_id)
+def _factors(session: Session, owner: str, analysis_id: str, factors_id: str) -> JobRow:
+    row = store.get_job(session, KIND, owner, factors_id)
     if row.parent != analysis_id:
         raise NotFound(f"no factors {factors_id[:40]!r} of this analysis")
     return row
@@ -71,7 +79,7 @@ def _factors(session: Session, analysis_id: str, factors_id: str) -> JobRow:
 def index(here: Here, analysis_id: str) -> dict[str, Any]:
     """All factors made of the analysis, oldest first."""
     with here.database.read.begin() as session:
-        store.get_job(session, analyses.KIND, OWNER, analysis_id)
+        store.get_job(session, analyses.KIND, here.owner, analysis_id)
         made = [views.factors(row, None) for row in store.children(session, analysis_id)]
     return {"object": "list", "data": made, "has_more": False, "next": None}
 
@@ -82,7 +90,7 @@ def read(
 ) -> Response:
     """The job, with the manifest once it has succeeded; `format=` that of the file sends the file, and takes Range."""
     with here.database.read.begin() as session:
-        row = _factors(session, analysis_id, factors_id)
+        row = _factors(session, here.owner, analysis_id, factors_id)
         manifest = store.manifest(session, row.id)
     made = row.spec["request"]["format"]
     if query.format == "json":
@@ -97,17 +105,17 @@ def read(
 
 
 @router.post("/{factors_id}/cancel", response_model=views.Factors, responses={202: {}}, dependencies=JSON_ONLY)
-def cancel(here: Here, analysis_id: str, factors_id: str) -> Response:
+def cancel(here: Here, once: OnceOnly, analysis_id: str, factors_id: str) -> Response:
     """Stop the job; no file is left."""
     with here.database.read.begin() as session:
-        _factors(session, analysis_id, factors_id)
-    row = jobs.cancel(here, KIND, factors_id)
-    return jobs.answer(row, views.factors(row, None), status=jobs.cancel_status(row))
+        _factors(session, here.owner, analysis_id, factors_id)
+    row = jobs.cancel(here, once, KIND, factors_id)
+    return jobs.cancel_answer(row, views.factors(row, None), once)
 
 
 @router.delete("/{factors_id}", status_code=204)
 def remove(here: Here, analysis_id: str, factors_id: str) -> Response:
     """Delete the factors and their file; the analysis stays."""
     with here.database.read.begin() as session:
-        _factors(session, analysis_id, factors_id)
+        _factors(session, here.owner, analysis_id, factors_id)
     return jobs.remove(here, KIND, factors_id)

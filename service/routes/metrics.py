@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from service import representations, store, views
-from service.context import OWNER, Here
+from service.context import Here
 from service.http import choose_format, unchanged
 from service.lowrank import decay, describe
 from service.lowrank.ranks import Array
@@ -23,7 +23,7 @@ def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[E
     """Losses, R², every rank and norm of each layer (all unless `layer` names one), and τ."""
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)
     with here.database.read.begin() as session:
-        row = store.get_job(session, "experiment", OWNER, experiment_id)
+        row = store.get_job(session, "experiment", here.owner, experiment_id)
         headers = views.validators(row, store.last_epoch(session, row.id), form, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from service import files, representations, store, views
-from service.context import OWNER, Context, Here
+from service.context import Context, Here
 from service.errors import BadRequestValue, SpectrumNotReady
 from service.http import choose_format, unchanged
 from service.lowrank import describe, normalized
@@ -88,7 +88,7 @@ def _prepare(
 ) -> Response | tuple[dict[str, str], tuple[Any, ...]]:
     """The answer; or for a picture its headers and what to draw."""
     with here.database.read.begin() as session:
-        row = store.get_job(session, "experiment", OWNER, experiment_id)
+        row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
         # The name is drawn into the pictures.
         headers = views.validators(row, last, row.name, form, query.model_dump_json())

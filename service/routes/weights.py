@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 
 from service import files, store, views
-from service.context import OWNER, Here
+from service.context import Here
 from service.downloads import download
 from service.errors import InvalidState, SpectrumNotReady
 
@@ -26,7 +26,7 @@ class WeightsQuery(BaseModel):
 def weights(here: Here, request: Request, experiment_id: str, query: Annotated[WeightsQuery, Query()]) -> Response:
     """Every layer's weight and bias (`W1.weight`, `W1.bias`, …) before or after training; takes Range."""
     with here.database.read.begin() as session:
-        row = store.get_job(session, "experiment", OWNER, experiment_id)
+        row = store.get_job(session, "experiment", here.owner, experiment_id)
     path = files.weights_path(here.settings.data, row.id, row.attempt, query.at)
     if not path.exists():
         if row.status in store.TERMINAL:

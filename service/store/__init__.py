@@ -4,6 +4,7 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 """
 
 from service.store.database import Database, connect, migrate
+from service.store.idempotency import remember, remembered
 from service.store.jobs import (
     Page,
     cancel_job,
@@ -97,6 +98,8 @@ __all__ = [
     "record_progress",
     "recorded_epochs",
     "release",
+    "remember",
+    "remembered",
     "rename_job",
     "source_of",
     "spectra",

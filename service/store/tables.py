@@ -114,6 +114,21 @@ class TensorRow(Base):
     spectrum: Mapped[bytes | None] = mapped_column(LargeBinary)
 
 
+class IdempotencyRow(Base):
+    """What was made under one Idempotency-Key; `scope` and `content` are SHA-256 digests.
+
+    Not a foreign key: a job that was deleted is not made again.
+    """
+
+    __tablename__ = "idempotency"
+    __table_args__ = (Index("idempotency_by_age", "created_at"),)
+
+    scope: Mapped[str] = mapped_column(String(64), primary_key=True)
+    content: Mapped[str] = mapped_column(String(64))
+    made: Mapped[str] = mapped_column(String(36))
+    created_at: Mapped[int] = mapped_column(BigInteger)
+
+
 class ManifestRow(Base):
     """What a job of kind `factors` has written to its file."""
 
