@@ -43,7 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)
-    app.add_middleware(Edge, hosts=settings.host_names)
+    app.add_middleware(Edge, settings=settings)
     _describe_bodies(app)
     return app
 

@@ -3,6 +3,7 @@
 import importlib.util
 import ipaddress
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from service.errors import DatabaseUnusable
-from service.settings import Settings, environment
+from service.settings import KEY_ENTRY, Settings, environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 USAGE, UNUSABLE = 2, 5
@@ -68,8 +69,9 @@ def serve(
 ) -> None:
     """Serve the API and run workers beside it."""
     settings = _settings(data)
-    if not _is_loopback(host) and not settings.open_network:
-        raise _stop(USAGE, f"{host} is not loopback and anyone could call: set RANKSCOPE_OPEN_NETWORK=true to mean it")
+    if not (_is_loopback(host) or settings.keys or settings.open_network):
+        advice = "set RANKSCOPE_API_KEYS, or RANKSCOPE_OPEN_NETWORK=true to mean it"
+        raise _stop(USAGE, f"{host} is not loopback and anyone could call: {advice}")
     if workers:
         _check_worker_extra()
     _prepare(settings)
@@ -125,6 +127,24 @@ def analyze(
 def migrate(data: Data = None) -> None:
     """Create the database or bring it up to date."""
     _prepare(_settings(data))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="whose key; the name owns what is made with it")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Make an API key: give the key to its user, and the entry to RANKSCOPE_API_KEYS."""
+    from service.access import fingerprint, new_key  # noqa: PLC0415
+
+    made = new_key()
+    entry = f"{name}:{fingerprint(made)}"
+    if not re.fullmatch(KEY_ENTRY, entry):
+        raise _stop(USAGE, f"{name!r} is no name: take 1 to 64 of a-z, 0-9, _ and -")
+    if as_json:
+        typer.echo(orjson.dumps({"key": made, "entry": entry}))
+    else:
+        typer.echo(f"key:    {made}\nentry:  {entry}")
 
 
 @app.command()

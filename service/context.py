@@ -1,17 +1,16 @@
 """What a route may use, built once in `create_app` and handed to it as a dependency."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from pydantic import BaseModel
 
+from service.access import PUBLIC
 from service.drawing import Drawing
 from service.http import json_body, json_only
 from service.settings import Settings
 from service.store import Database
-
-OWNER = "public"  # Everybody, while no API keys are set up.
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,13 @@ class Context:
     settings: Settings
     database: Database
     drawing: Drawing
-    owner: str = OWNER
+    owner: str = PUBLIC
     in_flight: dict[str, object] = field(default_factory=dict)  # who holds which scope of an Idempotency-Key
 
 
 def _context(request: Request) -> Context:
     context: Context = request.app.state.context
-    return context
+    return replace(context, owner=request.state.owner)
 
 
 Here = Annotated[Context, Depends(_context)]

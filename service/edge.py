@@ -1,4 +1,4 @@
-"""What every request passes: its id, the host check, HEAD, and the headers of every answer. Plain ASGI."""
+"""What every request passes: its id, the checks of host, key and rate, HEAD, every answer's headers. Plain ASGI."""
 
 import re
 
@@ -7,18 +7,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import HostNotAllowed
+from service.access import PUBLIC, RateLimit, is_open, owner_of
+from service.errors import HostNotAllowed, RankscopeError, Unauthorized
 from service.problems import HEADERS, problem_response
+from service.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Edge:
-    """The outermost layer of ours; it holds no state."""
+    """The outermost layer of ours; its only state is the count of requests."""
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.hosts = hosts
+        self.hosts = settings.host_names
+        self.keys = settings.keys
+        self.limit = RateLimit(settings.rate_limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,14 +40,30 @@ class Edge:
                     answer.setdefault(name, value)
             await send(message)
 
-        if not self._serves(headers.get("host")):
-            error = HostNotAllowed(f"host {headers.get('host', '')[:100]!r} is not one of ours")
+        try:
+            scope["state"]["owner"] = self._admit(scope, headers)
+        except RankscopeError as error:
             await problem_response(Request(scope), error)(scope, receive, send)
             return
         if scope["method"] == "HEAD":
             # The server leaves the body of a HEAD out; routes need not know of it.
             scope = {**scope, "method": "GET"}
         await self.app(scope, receive, send_with_headers)
+
+    def _admit(self, scope: Scope, headers: Headers) -> str:
+        """Whose request it is. Raises HostNotAllowed, Unauthorized, RateLimited."""
+        if not self._serves(headers.get("host")):
+            raise HostNotAllowed(f"host {headers.get('host', '')[:100]!r} is not one of ours")
+        if is_open(scope["path"]):
+            return PUBLIC
+        address = scope["client"][0] if scope["client"] else ""
+        try:
+            owner = owner_of(headers.get("authorization"), self.keys)
+        except Unauthorized:
+            self.limit.count(f"stranger {address}")
+            raise
+        self.limit.count(owner if self.keys else address)
+        return owner
 
     def _serves(self, host: str | None) -> bool:
         name = re.sub(r":\d+$", "", host or "").lower()

@@ -10,6 +10,9 @@ RankscopeError
 ├── NotAcceptable            none of the representations asked for exists
 ├── RangeNotSatisfiable
 ├── HostNotAllowed
+├── Unauthorized             no key of ours came with the request
+├── RateLimited              more requests than one caller may send
+├── RequestTimeout           the rest of the request did not come
 ├── NotFound
 ├── MethodNotAllowed
 ├── InvalidState             the job's status forbids it
@@ -95,6 +98,18 @@ class RangeNotSatisfiable(RankscopeError):
 
 class HostNotAllowed(RankscopeError):
     """The Host header is missing or names a host that we do not serve."""
+
+
+class Unauthorized(RankscopeError):
+    """The request has no API key, or none that is known."""
+
+
+class RateLimited(RankscopeError):
+    """The caller sends more requests than the settings allow."""
+
+
+class RequestTimeout(RankscopeError):
+    """The rest of the request did not come in time."""
 
 
 class NotFound(RankscopeError):

@@ -63,12 +63,18 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.HostNotAllowed: Problem(
         "host-not-allowed", 400, "This server does not answer to that host", "Add the name to RANKSCOPE_HOSTS."
     ),
+    errors.Unauthorized: Problem(
+        "unauthorized", 401, "An API key is needed", "Send Authorization: Bearer <key>; the operator makes keys."
+    ),
     errors.NotFound: Problem("not-found", 404, "There is no such thing", "Check the path and the id."),
     errors.MethodNotAllowed: Problem(
         "method-not-allowed", 405, "The path does not take this method", "The Allow header lists those that it takes."
     ),
     errors.NotAcceptable: Problem(
         "not-acceptable", 406, "None of the representations asked for exists", "Pick one out of `available`."
+    ),
+    errors.RequestTimeout: Problem(
+        "request-timeout", 408, "The request did not come whole in time", "Send it again, without long pauses."
     ),
     errors.InvalidState: Problem(
         "invalid-state", 409, "The job's status forbids this", "Read the job; cancel or wait, then try again."
@@ -122,6 +128,7 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
         "Send a new key with a new request, and an old one only with the same body.",
     ),
     errors.QueueFull: Problem("queue-full", 429, "The queue is full", "Wait as Retry-After says."),
+    errors.RateLimited: Problem("rate-limited", 429, "Too many requests", "Wait as Retry-After says."),
     errors.RankscopeError: Problem(
         "internal-error", 500, "Something unexpected happened", "Report it with the request id; it is in our log."
     ),

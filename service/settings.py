@@ -3,15 +3,18 @@
 Built once at the door (`create_app`, the worker's `main`) and passed on; nothing reads the environment elsewhere.
 """
 
+import re
 from pathlib import Path
 from typing import Self
 
+import limits
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.uploads import Limits, Matricize
 
 MIB, GIB = 1 << 20, 1 << 30
+KEY_ENTRY = r"[a-z0-9][a-z0-9_-]{0,63}:[0-9a-f]{64}"
 
 
 class Settings(BaseSettings):
@@ -24,6 +27,13 @@ class Settings(BaseSettings):
     hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
         description="Host names this server answers to, comma separated; * for any",
+    )
+    api_keys: str = Field(
+        "",
+        description="Keys that may call, comma separated `name:SHA-256`, made by `rankscope key`; empty: no key needed",
+    )
+    rate_limit: str = Field(
+        "", description="Requests of one caller in a time, such as 600/minute, counted by each process; empty: no limit"
     )
     open_network: bool = Field(
         False, description="Serve on addresses other than loopback although anyone who reaches them may call"
@@ -42,6 +52,8 @@ class Settings(BaseSettings):
     queue_limit: int = Field(1000, ge=1, le=10**6, description="Jobs that may wait in the queue")
     body_limit: int = Field(64 << 10, ge=1024, le=16 * MIB, description="Bytes of a JSON body")
     upload_limit: int = Field(2 * GIB, ge=1024, description="Bytes of an uploaded file")
+    header_s: float = Field(10.0, ge=0.05, le=600, description="Seconds in which a request's headers must have come")
+    body_s: float = Field(30.0, ge=0.05, le=600, description="Seconds that a request's body may be silent")
     side_limit: int = Field(16_384, ge=1, le=65_536, description="Rows or columns of an uploaded matrix")
     entry_limit: int = Field(134_217_728, ge=1, le=2**31, description="Entries of an uploaded matrix")
     member_limit: int = Field(256, ge=1, le=10_000, description="Members of an uploaded .npz")
@@ -59,11 +71,33 @@ class Settings(BaseSettings):
                 raise ValueError(f"{device!r} is no device: write cpu, cuda:0, cuda:1, …")
         return value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_are_fingerprints(cls, value: str) -> str:
+        entries = [entry.strip() for entry in value.split(",") if entry.strip()]
+        if not all(re.fullmatch(KEY_ENTRY, entry) for entry in entries):
+            raise ValueError("each entry is name:SHA-256 in hexadecimal; `rankscope key NAME` makes one")
+        if len({entry.partition(":")[0] for entry in entries}) < len(entries):
+            raise ValueError("each key needs a name of its own")
+        return value
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _rate_is_understood(cls, value: str) -> str:
+        if value:
+            limits.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _a_lease_outlasts_heartbeats(self) -> Self:
         if self.lease_s < 3 * self.heartbeat_s:
             raise ValueError(f"RANKSCOPE_LEASE_S must be at least 3·RANKSCOPE_HEARTBEAT_S, {3 * self.heartbeat_s:g}")
         return self
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Name → SHA-256 of each API key."""
+        return dict(entry.strip().split(":") for entry in self.api_keys.split(",") if entry.strip())
 
     @property
     def device_names(self) -> list[str]:
