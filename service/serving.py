@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.protocol import protocol_of
 from service.settings import Settings, environment
 
 RESTART_S = 1.0
@@ -63,10 +64,10 @@ class Workers:
 class Server(uvicorn.Server):
     """A server that tells its helpers of the end when the signal comes, not when the last request is done."""
 
-    def __init__(self, app: FastAPI, host: str, port: int, workers: Workers) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, address: tuple[str, int], workers: Workers) -> None:
         # h11, the other choice, took a request with both Content-Length and Transfer-Encoding.
-        http = "httptools"
-        config = uvicorn.Config(app, host, port, http=http, server_header=False, timeout_graceful_shutdown=5)
+        http = protocol_of(settings)
+        config = uvicorn.Config(app, *address, http=http, server_header=False, timeout_graceful_shutdown=5)
         super().__init__(config)
         self._app = app
         self._workers = workers
@@ -91,7 +92,7 @@ def serve(settings: Settings, host: str, port: int, workers: int, *, tied: bool)
     if tied:
         threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     with Workers(settings, workers) as running:
-        server = Server(create_app(settings), host, port, running)
+        server = Server(create_app(settings), settings, (host, port), running)
         for number in (signal.SIGTERM, signal.SIGINT):
             # uvicorn raises the signal again when it has stopped: the default action would end us before the workers.
             signal.signal(number, server.handle_exit)

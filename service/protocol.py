@@ -1,0 +1,103 @@
+"""HTTP/1.1 for clients that are slow or gone: uvicorn's httptools protocol with a deadline on what it waits for.
+
+A request's head must be whole `header_s` after its first byte (or after the connection), and its body must never be
+silent for `body_s`. Who passes a deadline is answered 408 where an answer can still be given, and is closed. A body
+that nobody wants any more, because the answer has gone out, may follow for `header_s`.
+"""
+
+import asyncio
+
+import uuid6
+from starlette.requests import Request
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.errors import RequestTimeout
+from service.problems import problem_response
+from service.settings import Settings
+
+
+class ImpatientProtocol(HttpToolsProtocol):
+    """A connection with one timer: for the head, or for the next bytes of the body, or none while we work."""
+
+    header_s = 10.0
+    body_s = 30.0
+    _timer: asyncio.TimerHandle | None = None
+    _in_head = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head is whole; what has been waited for has come."""
+        self._in_head = False
+        self._stop()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came, and see what is still to come."""
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._stop()
+        elif self.cycle is None or self.cycle.response_complete:
+            self._wait_for_head()
+        elif self.cycle.more_body:
+            self._wait_for_body()
+        else:
+            self._stop()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait where the client has begun its next head, or still sends a body that was not wanted."""
+        super().on_response_complete()
+        if self.cycle.response_complete and (self._in_head or self.cycle.more_body):
+            self._stop()
+            self._wait_for_head()
+
+    def _wait_for_head(self) -> None:
+        if self._timer is None:  # The time does not begin anew with every byte.
+            self._timer = self.loop.call_later(self.header_s, self._head_is_late)
+
+    def _wait_for_body(self) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(self.body_s, self._body_is_late)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _head_is_late(self) -> None:
+        if self._in_head:
+            scope = {"type": "http", "headers": [], "state": {"request_id": str(uuid6.uuid7())}}
+            self._answer(Request(scope), f"the head of the request was not whole after {self.header_s:g} s")
+        self.transport.close()
+
+    def _body_is_late(self) -> None:
+        if self.flow.read_paused:
+            self._wait_for_body()  # It is us who do not read.
+            return
+        if not self.cycle.response_started:
+            self._answer(Request(dict(self.cycle.scope)), f"nothing more of the body came for {self.body_s:g} s")
+        self.transport.close()
+
+    def _answer(self, request: Request, detail: str) -> None:
+        answer = problem_response(request, RequestTimeout(detail), headers={"connection": "close"})
+        head = b"".join(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)
+        self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
+
+
+def protocol_of(settings: Settings) -> type[ImpatientProtocol]:
+    """The protocol with the deadlines of the settings: uvicorn makes its own objects of it."""
+    deadlines = {"header_s": settings.header_s, "body_s": settings.body_s}
+    return type("Protocol", (ImpatientProtocol,), deadlines)
