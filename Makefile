@@ -22,6 +22,7 @@ slow: $(VENV)/installed
 
 soak: $(VENV)/soak
 	$(BIN)/python -m fuzz.formats --seconds 200
+	$(BIN)/python -m pytest -q -m soak
 
 bench: $(VENV)/installed
 	@for one in memo analyze model; do \

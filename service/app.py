@@ -6,13 +6,14 @@ import logging
 import re
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
-from service import files, problems, store
+from service import files, openapi, problems, store
 from service.context import Context
 from service.drawing import Drawing
 from service.edge import Edge
+from service.http import declared_query
 from service.routes import analyses, analysis_views, compression, experiments, factors, meta, metrics, spectrum, weights
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
@@ -35,7 +36,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=_lifespan,
-        responses={"default": {"description": "A problem, as application/problem+json (RFC 9457)"}},
+        generate_unique_id_function=openapi.operation_id,
+        dependencies=[Depends(declared_query)],
     )
     app.state.settings = settings
     app.state.methods = [(re.compile("^/openapi.json$"), {"GET"})]
@@ -44,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_middleware(Edge, settings=settings)
-    _describe_bodies(app)
+    openapi.describe(app, _routes(), (ExperimentSpec, experiments.LabelChanges, FactorsSpec))
     return app
 
 
@@ -74,12 +76,3 @@ def _sweep(settings: Settings, database: Database) -> None:
     for job_id in gone:
         log.warning("removing the upload of %s, which was never stored", job_id)
         files.remove_job(settings.data, job_id)
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Add the models of bodies that our own parser reads to the OpenAPI document."""
-    document = app.openapi()
-    models = (ExperimentSpec, experiments.LabelChanges, FactorsSpec)
-    for model in models:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"] |= {**schema.pop("$defs", {}), model.__name__: schema}

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from pydantic import BaseModel
 
 from service.access import PUBLIC
 from service.drawing import Drawing
@@ -32,9 +31,3 @@ def _context(request: Request) -> Context:
 Here = Annotated[Context, Depends(_context)]
 Body = Annotated[dict[str, Any], Depends(json_body)]
 JSON_ONLY = [Depends(json_only)]  # for routes that answer with nothing else
-
-
-def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """What FastAPI has to be told of a body that our strict parser reads; `create_app` adds the model's schema."""
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

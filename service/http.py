@@ -31,6 +31,13 @@ async def json_only(request: Request) -> None:
     choose_format(None, request.headers.get("accept"), {"json": "application/json"})
 
 
+async def declared_query(request: Request) -> None:
+    """Refuse query parameters where a route takes none; one that takes some has a model that refuses all others."""
+    if request.query_params and not request.scope["route"].dependant.query_params:
+        name, value = next(iter(request.query_params.items()))
+        raise BadRequestValue(name[:100], value, "is unknown: this path takes no query parameters")
+
+
 async def json_body(request: Request) -> dict[str, Any]:
     """The request's body as a JSON object. A dependency of every route that takes one."""
     check_encoding(request)

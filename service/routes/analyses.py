@@ -7,11 +7,21 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service import files, intake, jobs, listing, reports, store, views
+from service import files, intake, jobs, listing, openapi, reports, store, views
 from service.context import JSON_ONLY, Context, Here
-from service.errors import BadRequestValue, BudgetExceeded, NotFound, refusal_of
+from service.errors import (
+    BadRequestValue,
+    BudgetExceeded,
+    InvalidState,
+    MalformedMultipart,
+    NotFound,
+    TorchDisabled,
+    UnsupportedMediaType,
+    refusal_of,
+)
 from service.idempotency import Once, OnceOnly
 from service.intake import Received
+from service.openapi import NOT_MODIFIED, PREFER, raises
 from service.problems import problem_response
 from service.representations import ANSWER_LIMIT
 from service.schemas import Name, Priority
@@ -63,7 +73,13 @@ class AnalyzeQuery(ReportQuery):
     status_code=200,
     response_model=views.Analysis,
     responses={202: {"model": views.Analysis}},
-    openapi_extra=BODY,
+    openapi_extra={
+        **BODY,
+        **PREFER,
+        **raises(
+            *openapi.UPLOADS, *openapi.CREATES, MalformedMultipart, UnsupportedMediaType, TorchDisabled, BudgetExceeded
+        ),
+    },
     dependencies=JSON_ONLY,
 )
 async def analyze(here: Here, once: OnceOnly, request: Request, query: Annotated[AnalyzeQuery, Query()]) -> Response:
@@ -170,7 +186,13 @@ def index(here: Here, request: Request, query: Annotated[listing.ListQuery, Quer
     return listing.answer(here, request, KIND, query, views.analysis)
 
 
-@router.get("/analyses/{analysis_id}", response_model=views.Analysis, dependencies=JSON_ONLY)
+@router.get(
+    "/analyses/{analysis_id}",
+    response_model=views.Analysis,
+    responses=NOT_MODIFIED,
+    openapi_extra=raises(BudgetExceeded),
+    dependencies=JSON_ONLY,
+)
 def read(here: Here, request: Request, analysis_id: str, query: Annotated[ReportQuery, Query()]) -> Response:
     """The report: every tensor analysed, or skipped with the reason; it fills while the job runs."""
     with here.database.read.begin() as session:
@@ -182,7 +204,10 @@ def read(here: Here, request: Request, analysis_id: str, query: Annotated[Report
 
 
 @router.post(
-    "/analyses/{analysis_id}/cancel", response_model=views.AnalysisSummary, responses={202: {}}, dependencies=JSON_ONLY
+    "/analyses/{analysis_id}/cancel",
+    response_model=views.AnalysisSummary,
+    responses={202: {"model": views.AnalysisSummary}},
+    dependencies=JSON_ONLY,
 )
 def cancel(here: Here, once: OnceOnly, analysis_id: str) -> Response:
     """Stop a queued or running analysis; the tensors that it has analysed stay."""
@@ -190,7 +215,7 @@ def cancel(here: Here, once: OnceOnly, analysis_id: str) -> Response:
     return jobs.cancel_answer(row, views.analysis(row), once)
 
 
-@router.delete("/analyses/{analysis_id}", status_code=204)
+@router.delete("/analyses/{analysis_id}", status_code=204, openapi_extra=raises(InvalidState))
 def remove(here: Here, analysis_id: str) -> Response:
     """Delete an analysis that does not run, with its file, its spectra and the factors made of it."""
     return jobs.remove(here, KIND, analysis_id)

@@ -11,11 +11,20 @@ from pydantic import BaseModel, Field
 
 from service import files, plans, reports, representations, store, views
 from service.context import Context, Here
-from service.errors import BadRequestValue, InvalidState, SpectrumNotReady
+from service.errors import (
+    BadRequestValue,
+    BudgetExceeded,
+    Draining,
+    InvalidState,
+    NotAcceptable,
+    SpectrumNotReady,
+    StorageFull,
+)
 from service.http import choose_format, unchanged
 from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
 from service.lowrank.compression import RuleName
+from service.openapi import NOT_MODIFIED, raises
 from service.pictures import ModelSpectra, Size, profile
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
@@ -27,6 +36,7 @@ router = APIRouter(prefix="/analyses", tags=["analyses"])
 SPECTRUM_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "jsonl", "csv", "npy", "npz", "png", "svg")}
 COMPRESSION_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "png", "svg")}
 PICTURES = {"png", "svg"}
+PROBLEMS = raises(NotAcceptable, SpectrumNotReady, InvalidState, BudgetExceeded, Draining, StorageFull)
 LAYER = Field(None, max_length=1000, description="a tensor's name, or all; all if left out, unless there is only one")
 Task = tuple[Any, ...]
 
@@ -108,7 +118,11 @@ def _chosen(row: JobRow, rows: list[TensorRow], layer: str | None) -> list[Tenso
     return named
 
 
-@router.get("/{analysis_id}/spectrum", responses={200: {"content": {kind: {} for kind in SPECTRUM_FORMATS.values()}}})
+@router.get(
+    "/{analysis_id}/spectrum",
+    responses={200: {"content": {kind: {} for kind in SPECTRUM_FORMATS.values()}}, **NOT_MODIFIED},
+    openapi_extra=PROBLEMS,
+)
 async def spectrum(
     here: Here, request: Request, analysis_id: str, query: Annotated[AnalysisSpectrumQuery, Query()]
 ) -> Response:
@@ -177,7 +191,9 @@ def _numbers(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery,
 
 
 @router.get(
-    "/{analysis_id}/compression", responses={200: {"content": {kind: {} for kind in COMPRESSION_FORMATS.values()}}}
+    "/{analysis_id}/compression",
+    responses={200: {"content": {kind: {} for kind in COMPRESSION_FORMATS.values()}}, **NOT_MODIFIED},
+    openapi_extra=PROBLEMS,
 )
 async def compression(
     here: Here, request: Request, analysis_id: str, query: Annotated[AnalysisCompressionQuery, Query()]

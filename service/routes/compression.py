@@ -12,6 +12,7 @@ from service.errors import BadRequestValue, SpectrumNotReady
 from service.http import unchanged
 from service.lowrank import compression
 from service.lowrank.ranks import Array
+from service.openapi import NOT_MODIFIED, raises
 from service.routes.spectrum import chosen_layers
 from service.rules import DEFAULTS, check_parameters, report_or_reason, rule_of
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec, RuleOrAll, RuleParameters
@@ -26,7 +27,12 @@ class CompressionQuery(RuleParameters):
     rule: RuleOrAll = "energy"
 
 
-@router.get("/{experiment_id}/compression", dependencies=JSON_ONLY)
+@router.get(
+    "/{experiment_id}/compression",
+    responses=NOT_MODIFIED,
+    openapi_extra=raises(SpectrumNotReady),
+    dependencies=JSON_ONLY,
+)
 def report(here: Here, request: Request, experiment_id: str, query: Annotated[CompressionQuery, Query()]) -> Response:
     """The report for one layer at the last recorded epoch: a rule's rank, and errors, loss and R² for every rank."""
     check_parameters(query.rule, query)

@@ -6,16 +6,32 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from service import jobs, listing, store, views
-from service.context import JSON_ONLY, Body, Context, Here, takes
-from service.errors import BadRequestValue, PreconditionFailed
+from service import jobs, listing, openapi, store, views
+from service.context import JSON_ONLY, Body, Context, Here
+from service.errors import BadRequestValue, BudgetExceeded, InvalidState, PreconditionFailed
 from service.http import matches
 from service.idempotency import Once, OnceOnly
+from service.openapi import IF_MATCH, NOT_MODIFIED, PREFER, raises, takes
 from service.schemas import ExperimentSpec, Name, Strict, Tags, resolve
 from service.store import TERMINAL, JobRow
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 KIND = "experiment"
+EXAMPLES: tuple[dict[str, Any], ...] = (
+    {"summary": "the memo's experiment", "value": {}},
+    {
+        "summary": "AdamW on a wider network",
+        "value": {
+            "preset": "memo-adamw",
+            "name": "wide",
+            "tags": {"study": "width"},
+            "seed": 1,
+            "network": {"hidden": [96, 96]},
+            "record": {"every": 5, "layers": ["W2"]},
+        },
+    },
+)
+RENAMED = {"summary": "a new name and a tag", "value": {"name": "the best run", "tags": {"kept": "yes"}}}
 
 
 class LabelChanges(Strict):
@@ -30,7 +46,7 @@ class LabelChanges(Strict):
     status_code=202,
     response_model=views.Experiment,
     responses={200: {"model": views.Experiment, "description": "It was over in the time that `Prefer: wait=` gave"}},
-    openapi_extra=takes(ExperimentSpec),
+    openapi_extra={**takes(ExperimentSpec, *EXAMPLES), **raises(*openapi.CREATES, BudgetExceeded), **PREFER},
     dependencies=JSON_ONLY,
 )
 async def create(here: Here, once: OnceOnly, request: Request, body: Body) -> Response:
@@ -79,7 +95,7 @@ def index(here: Here, request: Request, query: Annotated[listing.ListQuery, Quer
     return listing.answer(here, request, KIND, query, views.experiment)
 
 
-@router.get("/{experiment_id}", response_model=views.Experiment, dependencies=JSON_ONLY)
+@router.get("/{experiment_id}", response_model=views.Experiment, responses=NOT_MODIFIED, dependencies=JSON_ONLY)
 def read(here: Here, request: Request, experiment_id: str) -> Response:
     """One experiment: its status, progress and specification."""
     row = jobs.read(here, KIND, experiment_id)
@@ -89,7 +105,7 @@ def read(here: Here, request: Request, experiment_id: str) -> Response:
 @router.patch(
     "/{experiment_id}",
     response_model=views.Experiment,
-    openapi_extra=takes(LabelChanges),
+    openapi_extra={**takes(LabelChanges, RENAMED), **raises(PreconditionFailed), **IF_MATCH},
     dependencies=JSON_ONLY,
 )
 def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Response:
@@ -104,14 +120,19 @@ def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Resp
     return jobs.answer(row, views.experiment(row))
 
 
-@router.post("/{experiment_id}/cancel", response_model=views.Experiment, responses={202: {}}, dependencies=JSON_ONLY)
+@router.post(
+    "/{experiment_id}/cancel",
+    response_model=views.Experiment,
+    responses={202: {"model": views.Experiment}},
+    dependencies=JSON_ONLY,
+)
 def cancel(here: Here, once: OnceOnly, experiment_id: str) -> Response:
     """Stop a queued or running experiment; what it has recorded stays. Calling it again changes nothing."""
     row = jobs.cancel(here, once, KIND, experiment_id)
     return jobs.cancel_answer(row, views.experiment(row), once)
 
 
-@router.delete("/{experiment_id}", status_code=204)
+@router.delete("/{experiment_id}", status_code=204, openapi_extra=raises(InvalidState))
 def remove(here: Here, experiment_id: str) -> Response:
     """Delete an experiment that does not run, with all it recorded."""
     return jobs.remove(here, KIND, experiment_id)

@@ -6,18 +6,26 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
-from service import files, jobs, plans, reports, store, views
-from service.context import JSON_ONLY, Body, Context, Here, takes
+from service import files, jobs, openapi, plans, reports, store, views
+from service.context import JSON_ONLY, Body, Context, Here
 from service.downloads import download
-from service.errors import InvalidState, NotAcceptable, NotFound
+from service.errors import BudgetExceeded, InvalidState, NotAcceptable, NotFound, RangeNotSatisfiable
 from service.http import etag
 from service.idempotency import Once, OnceOnly
+from service.openapi import NOT_MODIFIED, PARTIAL, raises, takes
 from service.routes import analyses
 from service.schemas import FactorsSpec
 from service.store import JobRow
 
 router = APIRouter(prefix="/analyses/{analysis_id}/factors", tags=["analyses"])
 KIND = "factors"
+EXAMPLES: tuple[dict[str, Any], ...] = (
+    {"summary": "99 % of the energy of every layer", "value": {}},
+    {
+        "summary": "half the parameters of the model",
+        "value": {"rule": "global_budget", "fraction": 0.5, "format": "npz"},
+    },
+)
 
 
 class FactorsQuery(BaseModel):
@@ -29,7 +37,11 @@ class FactorsQuery(BaseModel):
 
 
 @router.post(
-    "", status_code=202, response_model=views.Factors, openapi_extra=takes(FactorsSpec), dependencies=JSON_ONLY
+    "",
+    status_code=202,
+    response_model=views.Factors,
+    openapi_extra={**takes(FactorsSpec, *EXAMPLES), **raises(InvalidState, BudgetExceeded, *openapi.CREATES)},
+    dependencies=JSON_ONLY,
 )
 def create(here: Here, once: OnceOnly, analysis_id: str, body: Body) -> Response:
     """Write the layers as factors `name.A` (r×n) and `name.B` (m×r), at a rule's ranks, or as an adapter for PEFT."""
@@ -84,7 +96,12 @@ def index(here: Here, analysis_id: str) -> dict[str, Any]:
     return {"object": "list", "data": made, "has_more": False, "next": None}
 
 
-@router.get("/{factors_id}", response_model=views.Factors)
+@router.get(
+    "/{factors_id}",
+    response_model=views.Factors,
+    responses={200: {"content": {"application/octet-stream": {}}}, **PARTIAL, **NOT_MODIFIED},
+    openapi_extra=raises(NotAcceptable, InvalidState, RangeNotSatisfiable),
+)
 def read(
     here: Here, request: Request, analysis_id: str, factors_id: str, query: Annotated[FactorsQuery, Query()]
 ) -> Response:
@@ -104,7 +121,12 @@ def read(
     return download(request, path, f"{row.id}{path.suffix}", headers)
 
 
-@router.post("/{factors_id}/cancel", response_model=views.Factors, responses={202: {}}, dependencies=JSON_ONLY)
+@router.post(
+    "/{factors_id}/cancel",
+    response_model=views.Factors,
+    responses={202: {"model": views.Factors}},
+    dependencies=JSON_ONLY,
+)
 def cancel(here: Here, once: OnceOnly, analysis_id: str, factors_id: str) -> Response:
     """Stop the job; no file is left."""
     with here.database.read.begin() as session:
@@ -113,7 +135,7 @@ def cancel(here: Here, once: OnceOnly, analysis_id: str, factors_id: str) -> Res
     return jobs.cancel_answer(row, views.factors(row, None), once)
 
 
-@router.delete("/{factors_id}", status_code=204)
+@router.delete("/{factors_id}", status_code=204, openapi_extra=raises(InvalidState))
 def remove(here: Here, analysis_id: str, factors_id: str) -> Response:
     """Delete the factors and their file; the analysis stays."""
     with here.database.read.begin() as session:

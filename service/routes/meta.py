@@ -10,8 +10,9 @@ from sqlalchemy import text
 
 from service import files
 from service.context import JSON_ONLY, Here
-from service.errors import DatabaseUnavailable, NotFound, RankscopeError, StorageFull
+from service.errors import DatabaseUnavailable, NotAcceptable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
+from service.openapi import raises
 from service.problems import BY_SLUG, problem_response, translate
 from service.representations import ANSWER_LIMIT, to_json
 from service.schemas import (
@@ -46,7 +47,7 @@ DOCS_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title
 <script src="/docs/start.js"></script></body></html>"""
 
 
-@router.get("/")
+@router.get("/", responses={200: {"content": {"text/html": {}}}}, openapi_extra=raises(NotAcceptable))
 def discovery(request: Request) -> Response:
     """Where everything is; a page for browsers."""
     wanted = choose_format(None, request.headers.get("accept"), {"json": "application/json", "html": "text/html"})
@@ -121,7 +122,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", openapi_extra=raises(StorageFull, DatabaseUnavailable))
 def readyz(here: Here, request: Request) -> Response:
     """The database answers and the disk has room: new work can be taken."""
     try:

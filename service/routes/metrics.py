@@ -7,9 +7,11 @@ from sqlalchemy.orm import Session
 
 from service import representations, store, views
 from service.context import Here
+from service.errors import BudgetExceeded, NotAcceptable
 from service.http import choose_format, unchanged
 from service.lowrank import decay, describe
 from service.lowrank.ranks import Array
+from service.openapi import NOT_MODIFIED, raises
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.spectrum import EpochQuery, chosen_layers
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
@@ -18,7 +20,11 @@ router = APIRouter(prefix="/experiments", tags=["experiments"])
 FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "jsonl")}
 
 
-@router.get("/{experiment_id}/metrics", responses={200: {"content": {kind: {} for kind in FORMATS.values()}}})
+@router.get(
+    "/{experiment_id}/metrics",
+    responses={200: {"content": {kind: {} for kind in FORMATS.values()}}, **NOT_MODIFIED},
+    openapi_extra=raises(NotAcceptable, BudgetExceeded),
+)
 def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[EpochQuery, Query()]) -> Response:
     """Losses, R², every rank and norm of each layer (all unless `layer` names one), and τ."""
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)

@@ -11,10 +11,11 @@ from sqlalchemy.orm import Session
 
 from service import files, representations, store, views
 from service.context import Context, Here
-from service.errors import BadRequestValue, SpectrumNotReady
+from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
 from service.http import choose_format, unchanged
 from service.lowrank import describe, normalized
 from service.lowrank.ranks import Array
+from service.openapi import NOT_MODIFIED, raises
 from service.pictures import Chart, Size, Spectrum
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
@@ -69,7 +70,11 @@ class Recording:
     losses: list[dict[str, Any]]
 
 
-@router.get("/{experiment_id}/spectrum", responses={200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}})
+@router.get(
+    "/{experiment_id}/spectrum",
+    responses={200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}, **NOT_MODIFIED},
+    openapi_extra=raises(NotAcceptable, SpectrumNotReady, BudgetExceeded, Draining, StorageFull),
+)
 async def spectrum(
     here: Here, request: Request, experiment_id: str, query: Annotated[SpectrumQuery, Query()]
 ) -> Response:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from service import files, store, views
 from service.context import Here
 from service.downloads import download
-from service.errors import InvalidState, SpectrumNotReady
+from service.errors import InvalidState, RangeNotSatisfiable, SpectrumNotReady
+from service.openapi import NOT_MODIFIED, PARTIAL, raises
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 
@@ -22,7 +23,12 @@ class WeightsQuery(BaseModel):
     at: files.At = "final"
 
 
-@router.get("/{experiment_id}/weights", response_class=FileResponse)
+@router.get(
+    "/{experiment_id}/weights",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}, **PARTIAL, **NOT_MODIFIED},
+    openapi_extra=raises(InvalidState, SpectrumNotReady, RangeNotSatisfiable),
+)
 def weights(here: Here, request: Request, experiment_id: str, query: Annotated[WeightsQuery, Query()]) -> Response:
     """Every layer's weight and bias (`W1.weight`, `W1.bias`, …) before or after training; takes Range."""
     with here.database.read.begin() as session:
