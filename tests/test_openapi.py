@@ -81,7 +81,7 @@ def test_every_example_of_a_request_is_taken(server: Server, name: str, body: di
     method, path, operation = OPERATIONS[name]
     ids = {"{analysis_id}": "", "{experiment_id}": ""}
     if "{analysis_id}" in path:
-        ids["{analysis_id}"] = server.analyze(saved(np.diag([3.0, 2.0, 1.0])))["id"]
+        ids["{analysis_id}"] = server.analyze(saved(np.diag(np.arange(1.0, 13.0))))["id"]
     if "{experiment_id}" in path:
         ids["{experiment_id}"] = server.post({"training": {"epochs": 1}})["id"]
     filled = re.sub(r"{\w+}", lambda found: ids[found[0]], path)
