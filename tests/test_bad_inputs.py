@@ -1,13 +1,17 @@
 """Bad input against a running server: the exact status and problem type of each."""
 
+import io
 import json
 import socket
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import Server
+from tests.uploads.builders import saved
 
 JSON = {"content-type": "application/json"}
 DEEP = b"[" * 100_000
@@ -308,3 +312,23 @@ def test_a_byte_order_mark_is_let_through(server: Server) -> None:  # row 5
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "", "localhost.evil.example"])
 def test_other_hosts_are_not_ours(server: Server, host: str) -> None:
     problem(server.client.get("/healthz", headers={"host": host}), 400, "host-not-allowed")
+
+
+def test_equal_frames_are_all_drawn_and_a_zero_spectrum_too(server: Server) -> None:  # rows 140, 141
+    state = server.run({"training": {"lr": 5e-324, "epochs": 9}})
+    path = f"/experiments/{state['id']}/spectrum"
+    for of in ("weights", "update"):  # The weights never change, so the update is zero.
+        answer = server.client.get(path, params={"format": "gif", "of": of})
+        assert answer.status_code == 200
+        assert getattr(Image.open(io.BytesIO(answer.content)), "n_frames", 1) == 10
+        for form in ("png", "svg"):
+            assert server.client.get(path, params={"format": form, "of": of, "scale": "log"}).status_code == 200
+    zero = server.analyze(saved(np.zeros((4, 3))))
+    assert server.client.get(f"/analyses/{zero['id']}/spectrum", params={"format": "png"}).status_code == 200
+
+
+@pytest.mark.parametrize("query", ["width=1000000000", "height=0", "dpi=1000000", "scale=cubic"])
+def test_bad_pictures_of_an_analysis_are_refused(server: Server, query: str) -> None:  # row 138
+    state = server.analyze(saved(np.eye(3)))
+    answer = server.client.get(f"/analyses/{state['id']}/spectrum?format=png&{query}")
+    assert problem(answer, 422, "validation-error")["errors"][0]["parameter"] == query.partition("=")[0]

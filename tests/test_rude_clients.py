@@ -156,6 +156,15 @@ def test_an_endless_chunked_body_is_refused_and_closed(impatient: Server) -> Non
     assert b"/problems/body-too-large" in answer
 
 
+@pytest.mark.parametrize(("path", "length"), [("/experiments", 65537), ("/analyze", 3 << 30)])
+def test_a_length_over_the_limit_is_refused_before_anything_is_read(impatient: Server, path: str, length: int) -> None:
+    with connect(impatient) as connection:  # row 21
+        connection.sendall(head(path, f"Content-Length: {length}", "Content-Type: application/json"))
+        answer = rest(connection)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"/problems/body-too-large" in answer
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
