@@ -47,6 +47,7 @@ def run(settings: Settings, out: Path) -> int:
 def running_server(settings: Settings, out: Path) -> Iterator[str]:
     """A server of its own on a free port. It stops when its standard input ends: even if we are killed."""
     out.mkdir(parents=True, exist_ok=True)
+    own = settings.model_copy(update={"api_keys": "", "rate_limit": ""})  # It is for us alone.
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service.cli", "serve", "--tied", f"--port={port}"]
@@ -58,7 +59,7 @@ def running_server(settings: Settings, out: Path) -> Iterator[str]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, **environment(settings)},
+            env={**os.environ, **environment(own)},
         )
     try:
         yield f"http://127.0.0.1:{port}"

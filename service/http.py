@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,13 @@ async def json_only(request: Request) -> None:
 
 
 async def declared_query(request: Request) -> None:
-    """Refuse query parameters where a route takes none; one that takes some has a model that refuses all others."""
+    """Refuse a parameter that comes twice, and any where a route takes none.
+
+    A route that takes some has a model that refuses all others.
+    """
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    if counts and max(counts.values()) > 1:
+        raise BadRequestValue(max(counts, key=counts.__getitem__)[:100], None, "is given more than once")
     if request.query_params and not request.scope["route"].dependant.query_params:
         name, value = next(iter(request.query_params.items()))
         raise BadRequestValue(name[:100], value, "is unknown: this path takes no query parameters")

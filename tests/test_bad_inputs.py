@@ -196,7 +196,7 @@ def test_a_method_that_a_path_does_not_take(server: Server) -> None:  # row 34
         "limit=0", "limit=-1", "limit=101", "limit=abc", "limit=99999999999999999999", "limit=1.5",  # rows 39, 40
         "after=abc", "after=%00", "after=" + "A" * 300, "after=4Z2Q", "order=up", "status=done", "color=red",
         "created_after=yesterday", "created_before=2026-01-01", "tag=%20", "tag=", "tag=a%0a", "name_prefix=",
-        "name_prefix=%07",
+        "name_prefix=%07", "limit=1&limit=2",
     ],
 )  # fmt: skip
 def test_bad_list_parameters_are_named(server: Server, query: str) -> None:
