@@ -118,8 +118,10 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> str:
-        """The database to use."""
-        return self.database_url or f"sqlite:///{self.data.absolute() / 'rankscope.sqlite3'}"
+        """The database to use; PostgreSQL is reached by psycopg 3 where the URL names no driver."""
+        if not self.database_url:
+            return f"sqlite:///{self.data.absolute() / 'rankscope.sqlite3'}"
+        return re.sub("^postgres(ql)?:", "postgresql+psycopg:", self.database_url)
 
     @property
     def host_names(self) -> frozenset[str]:

@@ -18,6 +18,8 @@ import pytest
 from service import store
 from service.settings import Settings
 from service.store import Database
+from tests import postgres as postgresql
+from tests.postgres import Postgres
 
 OVER = {"succeeded", "failed", "canceled"}
 
@@ -172,10 +174,26 @@ def memo(server: Server) -> dict[str, Any]:
     return state
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Settings with a data folder of the test's own."""
-    return Settings(data=tmp_path / "data")
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for all tests that only use databases of their own."""
+    if postgresql.programs() is None:
+        pytest.skip(postgresql.MISSING)
+    with postgresql.running(free_port()) as running:
+        yield running
+
+
+def pytest_report_header() -> str:
+    """Say in the first lines which databases are tested."""
+    folder = postgresql.programs()
+    return f"databases: SQLite, PostgreSQL of {folder}" if folder else f"databases: SQLite alone; {postgresql.MISSING}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """Settings with a data folder and an empty database of the test's own, on SQLite and on PostgreSQL."""
+    url = request.getfixturevalue("postgres").new_database() if request.param == "postgresql" else ""
+    return Settings(data=tmp_path / "data", database_url=url)
 
 
 @pytest.fixture

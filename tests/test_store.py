@@ -1,6 +1,7 @@
 """The queue and the recordings on a real database file."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,9 +262,8 @@ def test_the_migrations_build_exactly_the_tables_of_the_code(database: Database)
         assert compare_metadata(context, Base.metadata) == []
 
 
-def test_a_damaged_database_is_refused_and_left_as_it_is(settings: Settings) -> None:
-    settings.data.mkdir()
-    path = settings.data / "rankscope.sqlite3"
+def test_a_damaged_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    settings, path = Settings(data=tmp_path), tmp_path / "rankscope.sqlite3"
     path.write_bytes(b"this is no database, it is a letter" * 100)
     before = path.read_bytes()
     with pytest.raises(DatabaseUnusable, match="not a database"):

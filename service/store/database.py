@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.errors import DatabaseUnusable
 from service.settings import Settings
 
+WAIT_S = 5  # How long a statement waits for somebody else's lock, and a connection for an answer.
 MIGRATION_LOCK = 0x72616E6B  # any number nobody else locks: "rank" in ASCII
 
 
@@ -39,16 +40,31 @@ def connect(settings: Settings) -> Database:
     """
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(settings.url, pool_pre_ping=not settings.url.startswith("sqlite"))
+        engine = _engine(settings.url)
     except OSError as error:
         raise DatabaseUnusable(f"cannot use the data folder {str(settings.data)!r}: {error.strerror}") from error
     except (ArgumentError, ImportError) as error:
         raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
-    if engine.dialect.name == "sqlite":
+    reading, writing = _views(engine)
+    return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (reading, writing)))
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("postgresql"):
+        engine = create_engine(url, connect_args={"timeout": WAIT_S})
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin)
-    writing = engine.execution_options(write=True)
-    return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (engine, writing)))
+        return engine
+    # A server that has gone silent is given up on; one that was restarted is noticed before a connection is used.
+    limits = {"connect_timeout": WAIT_S, "tcp_user_timeout": WAIT_S * 1000, "options": f"-c lock_timeout={WAIT_S}s"}
+    return create_engine(url, pool_pre_ping=True, connect_args=limits)
+
+
+def _views(engine: Engine) -> tuple[Engine, Engine]:
+    """The engine for reading and for writing: what is read in one transaction is of one moment on both databases."""
+    if engine.dialect.name == "sqlite":
+        return engine, engine.execution_options(write=True)
+    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True), engine
 
 
 def journal_mode() -> str:
