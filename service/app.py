@@ -14,10 +14,12 @@ from service.context import Context
 from service.drawing import Drawing
 from service.edge import Edge
 from service.http import declared_query
+from service.monitoring import Requests, StoreCollector, new_registry
 from service.routes import analyses, analysis_views, compression, experiments, factors, meta, metrics, spectrum, weights
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
 from service.store import Database
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, meta)
@@ -40,12 +42,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         dependencies=[Depends(declared_query)],
     )
     app.state.settings = settings
+    app.state.registry = new_registry()
     app.state.methods = [(re.compile("^/openapi.json$"), {"GET"})]
     app.state.methods += [(route.path_regex, route.methods) for route in _routes()]
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_middleware(Edge, settings=settings)
+    templates = [(re.compile("^/openapi.json$"), "/openapi.json")]
+    templates += [(route.path_regex, route.path_format) for route in _routes()]
+    app.add_middleware(Watch, templates=templates, requests=Requests(app.state.registry))
     openapi.describe(app, _routes(), (ExperimentSpec, experiments.LabelChanges, FactorsSpec))
     return app
 
@@ -62,6 +68,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     _sweep(settings, database)
     drawing = Drawing(settings.data, settings.cache_limit)
     app.state.context = Context(settings, database, drawing)
+    app.state.registry.register(StoreCollector(settings, database))
     try:
         yield
     finally:

@@ -36,9 +36,10 @@ def _stop(code: int, message: str) -> typer.Exit:
 
 
 def _prepare(settings: Settings) -> None:
-    """Open and migrate the database, or end with one clear line."""
-    from service import store  # noqa: PLC0415  (SQLAlchemy is not for `rankscope --help`)
+    """Set up the log, open and migrate the database, or end with one clear line."""
+    from service import logs, store  # noqa: PLC0415  (SQLAlchemy is not for `rankscope --help`)
 
+    logs.configure(settings)
     try:
         database = store.connect(settings)
         store.migrate(database, settings)
@@ -74,6 +75,8 @@ def serve(
         raise _stop(USAGE, f"{host} is not loopback and anyone could call: {advice}")
     if workers:
         _check_worker_extra()
+    if workers > 1 and (settings.worker_metrics_address or ("", 0))[1]:
+        raise _stop(USAGE, f"{workers} workers cannot share RANKSCOPE_WORKER_METRICS={settings.worker_metrics}: port 0")
     _prepare(settings)
     from service.serving import serve as run  # noqa: PLC0415
 

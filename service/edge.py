@@ -7,6 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.access import PUBLIC, RateLimit, is_open, owner_of
 from service.errors import HostNotAllowed, RankscopeError, Unauthorized
 from service.problems import HEADERS, problem_response
@@ -23,6 +24,7 @@ class Edge:
         self.hosts = settings.host_names
         self.keys = settings.keys
         self.limit = RateLimit(settings.rate_limit)
+        self.open_metrics = settings.metrics == "open"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,6 +34,7 @@ class Edge:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else str(uuid6.uuid7())
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.bind(request_id=request_id)  # Every request is a task of its own: nothing has to be unbound.
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -54,7 +57,7 @@ class Edge:
         """Whose request it is. Raises HostNotAllowed, Unauthorized, RateLimited."""
         if not self._serves(headers.get("host")):
             raise HostNotAllowed(f"host {headers.get('host', '')[:100]!r} is not one of ours")
-        if is_open(scope["path"]):
+        if is_open(scope["path"]) or (self.open_metrics and scope["path"] == "/metrics"):
             return PUBLIC
         address = scope["client"][0] if scope["client"] else ""
         try:

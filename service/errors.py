@@ -28,6 +28,7 @@ RankscopeError
 ├── MalformedMultipart       the body is not the multipart/form-data with one file that it says it is
 ├── TorchDisabled            the operator has not allowed .pt files
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
+├── AddressUnusable          at start: a worker's metrics cannot be shown where the settings say
 ├── LostJob                  another attempt owns the job: stop writing
 └── JobFailed                ends a job as `failed`, with a type clients can match
     ├── DeviceUnavailable
@@ -170,6 +171,10 @@ class TorchDisabled(RankscopeError):
 
 class DatabaseUnusable(RankscopeError):
     """The database cannot be served from at all: damaged, read-only, or newer than this program."""
+
+
+class AddressUnusable(RankscopeError):
+    """Metrics cannot be shown at this address: taken by another process, or not ours."""
 
 
 class LostJob(RankscopeError):

@@ -9,7 +9,8 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -139,6 +140,7 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     errors.StorageFull: Problem("storage-full", 507, "The disk is full", "Delete old experiments, or add space."),
 }
 BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
+POSTGRES_DISK_FULL = "53100"
 RETRY_AFTER_S = {"idempotency-in-progress": 1, "queue-full": 10, "database-unavailable": 5, "draining": 5}
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -153,6 +155,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _handle)
     app.add_exception_handler(ValidationError, _handle)
     app.add_exception_handler(DBAPIError, _handle)
+    app.add_exception_handler(PoolTimeout, _handle)
     app.add_exception_handler(HTTPException, _handle)
     app.add_exception_handler(Exception, _handle)
 
@@ -161,9 +164,9 @@ def _handle(request: Request, error: Exception) -> Response:
     translated = translate(error)
     headers = {"allow": _allowed(request)} if isinstance(translated, errors.MethodNotAllowed) else {}
     if type(translated) is errors.RankscopeError:
-        log.error("request %s failed", request_id(request), exc_info=error)
-    elif isinstance(error, DBAPIError | OSError):
-        log.warning("request %s: %s", request_id(request), error)
+        log.error("the request failed", exc_info=error)
+    elif isinstance(error, DBAPIError | PoolTimeout | OSError):
+        log.warning("%s: %s", translated.detail, getattr(error, "orig", error))
     return problem_response(request, translated, headers=headers)
 
 
@@ -185,13 +188,14 @@ def translate(error: Exception) -> errors.RankscopeError:
             return _http_error(error)
         case OSError(errno=errno.ENOSPC):
             return errors.StorageFull("the disk is full")
-        case OperationalError() | InterfaceError():
+        case OperationalError() | InterfaceError() | PoolTimeout():
             return _database_error(error)
     return errors.RankscopeError("the request met an unexpected error")
 
 
-def _database_error(error: DBAPIError) -> errors.RankscopeError:
-    if "is full" in str(error.orig):
+def _database_error(error: SQLAlchemyError) -> errors.RankscopeError:
+    origin = getattr(error, "orig", None)
+    if "is full" in str(origin) or getattr(origin, "sqlstate", None) == POSTGRES_DISK_FULL:
         return errors.StorageFull("the disk of the database is full")
     return errors.DatabaseUnavailable("the database is locked or cannot be reached")
 

@@ -66,8 +66,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings, address: tuple[str, int], workers: Workers) -> None:
         # h11, the other choice, took a request with both Content-Length and Transfer-Encoding.
-        http = protocol_of(settings)
-        config = uvicorn.Config(app, *address, http=http, server_header=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app,
+            *address,
+            http=protocol_of(settings),
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            log_config=None,  # `service.logs` has it all.
+            access_log=False,
+        )
         super().__init__(config)
         self._app = app
         self._workers = workers

@@ -5,7 +5,7 @@ Built once at the door (`create_app`, the worker's `main`) and passed on; nothin
 
 import re
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import limits
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +15,9 @@ from service.uploads import Limits, Matricize
 
 MIB, GIB = 1 << 20, 1 << 30
 KEY_ENTRY = r"[a-z0-9][a-z0-9_-]{0,63}:[0-9a-f]{64}"
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+Metrics = Literal["on", "open", "off"]
 
 
 class Settings(BaseSettings):
@@ -61,6 +64,14 @@ class Settings(BaseSettings):
     tensor_limit: int = Field(10_000, ge=1, le=100_000, description="Tensors of an uploaded checkpoint")
     torch_files: bool = Field(False, description="Take PyTorch checkpoints (.pt, .pth), read with weights_only=True")
     free_disk: int = Field(256 * MIB, ge=0, description="Bytes of disk kept free; below it new jobs are refused")
+    log_level: LogLevel = Field("info", description="Least severity that is logged: debug, info, warning, error")
+    log_format: LogFormat = Field("auto", description="Form of the log: json, console, or auto: console on a terminal")
+    metrics: Metrics = Field(
+        "on", description="GET /metrics: on, for whoever may call; open, without an API key; off, not there"
+    )
+    worker_metrics: str = Field(
+        "", description="host:port where a worker shows its metrics, port 0 for any free one; empty: nowhere"
+    )
     cache_limit: int = Field(512 * MIB, ge=MIB, description="Bytes of cached pictures")
 
     @field_validator("devices")
@@ -88,6 +99,13 @@ class Settings(BaseSettings):
             limits.parse(value)
         return value
 
+    @field_validator("worker_metrics")
+    @classmethod
+    def _address_is_one(cls, value: str) -> str:
+        if value and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", value):
+            raise ValueError("write host:port, such as 127.0.0.1:9100, or port 0 for any free one")
+        return value
+
     @model_validator(mode="after")
     def _a_lease_outlasts_heartbeats(self) -> Self:
         if self.lease_s < 3 * self.heartbeat_s:
@@ -98,6 +116,12 @@ class Settings(BaseSettings):
     def keys(self) -> dict[str, str]:
         """Name → SHA-256 of each API key."""
         return dict(entry.strip().split(":") for entry in self.api_keys.split(",") if entry.strip())
+
+    @property
+    def worker_metrics_address(self) -> tuple[str, int] | None:
+        """Host and port of a worker's metrics; None: they are not shown."""
+        host, _, port = self.worker_metrics.rpartition(":")
+        return (host.strip("[]"), int(port)) if port else None
 
     @property
     def device_names(self) -> list[str]:

@@ -1,14 +1,14 @@
 """`python -m worker`: run the jobs of a database until told to stop by SIGTERM or SIGINT."""
 
 import argparse
-import logging
 import os
 import sys
 
-from service.errors import DatabaseUnusable
+from service import logs
+from service.errors import AddressUnusable, DatabaseUnusable
 from service.settings import Settings
 
-DATABASE_UNUSABLE = 5
+USAGE, DATABASE_UNUSABLE = 2, 5
 
 
 def main() -> int:
@@ -16,8 +16,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     parser.add_argument("--tied", action="store_true", help="stop when standard input ends, as when the parent dies")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # It tells of every plugin that it sets up.
+    settings = Settings()
+    logs.configure(settings)
     # Before the fork server loads any BLAS: one that has started threads must not be forked.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
@@ -27,10 +27,13 @@ def main() -> int:
     from worker.loop import Supervisor  # noqa: PLC0415  (numpy reads the variables when it is loaded)
 
     try:
-        Supervisor(Settings(), tied=options.tied).run()
+        Supervisor(settings, tied=options.tied).run()
     except DatabaseUnusable as error:
         sys.stderr.write(f"{error.detail}\n")
         return DATABASE_UNUSABLE
+    except AddressUnusable as error:
+        sys.stderr.write(f"{error.detail}\n")
+        return USAGE
     return 0
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from service import logs
 from service.settings import Settings
 from service.store import Token
 
@@ -19,7 +20,7 @@ def start(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> 
     uses_cuda = "cuda" in settings.devices and spec["device"] != "cpu"
     context: Any = multiprocessing.get_context("spawn" if uses_cuda else "forkserver")
     process: BaseProcess = context.Process(
-        target=_run, args=(settings, token, kind, spec), name=f"{kind}-{token.job_id}"
+        target=_run, args=(settings, token, kind, spec, logs.bound()), name=f"{kind}-{token.job_id}"
     )
     process.start()
     return process
@@ -38,7 +39,9 @@ def _nothing() -> None:
     """A first job that shows the fork server to be ready."""
 
 
-def _run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> None:
+def _run(settings: Settings, token: Token, kind: str, spec: dict[str, Any], ids: dict[str, Any]) -> None:
+    logs.configure(settings)
+    logs.bind(**ids, job_id=token.job_id, attempt=token.attempt)
     from worker.job import run  # noqa: PLC0415  (torch is for the children: the worker itself never loads it)
 
     run(settings, token, kind, spec)

@@ -18,11 +18,12 @@ from types import FrameType
 
 from sqlalchemy.exc import OperationalError
 
-from service import store
+from service import logs, store
 from service.errors import LostJob
 from service.settings import Settings
 from service.store import Status, Token
 from worker import engines
+from worker.monitoring import WorkerMetrics
 
 log = logging.getLogger("worker")
 CANCEL_GRACE_S = 0.4  # A child looks for a cancel at every commit; one inside a long step is ended from outside.
@@ -48,24 +49,33 @@ class Supervisor:
         self.running: dict[Token, Running] = {}
         self.leases: dict[Token, tuple[int, float]] = {}
         self.last_beat = 0.0
+        started = time.monotonic()
+        self.metrics = WorkerMetrics(
+            heartbeat_age=lambda: time.monotonic() - max(self.last_beat, started), running=lambda: len(self.running)
+        )
         self.stopping = False
         self.wake, self._woken = socket.socketpair()
         self.watched = [self._woken, *([sys.stdin.fileno()] if tied else [])]
 
     def run(self) -> None:
         """Work until a signal comes; then give back what runs and return."""
+        logs.bind(worker=self.name)
         self._listen_to_signals()
         store.migrate(self.database, self.settings)
         engines.warm_up()
-        log.info("worker %s is ready", self.name)
+        with self.metrics.shown(self.settings):
+            self._loop()
+        self._give_back()
+        log.info("the worker has stopped")
+
+    def _loop(self) -> None:
+        log.info("the worker is ready")
         while not self.stopping:
             sentinels = [job.process.sentinel for job in self.running.values()]
             ready = wait([*self.watched, *sentinels], timeout=self.settings.poll_s)
             self.stopping |= any(watched in ready for watched in self.watched)
             if not self.stopping:
                 self._look()
-        self._give_back()
-        log.info("worker %s has stopped", self.name)
 
     def _listen_to_signals(self) -> None:
         self.wake.setblocking(False)
@@ -102,7 +112,14 @@ class Supervisor:
                 reason = f"its process ended with exit code {job.process.exitcode}"
                 with self.database.write.begin() as session:
                     store.record_crash(session, token, reason, self.settings.max_attempts)
+            self._measure(token, job)
             self._forget(token)
+
+    def _measure(self, token: Token, job: Running) -> None:
+        with self.database.read.begin() as session:
+            outcome = store.outcome(session, token)
+        if outcome is not None:
+            self.metrics.job_ended(*outcome, time.monotonic() - job.started)
 
     def _forget(self, token: Token) -> None:
         job = self.running.pop(token)

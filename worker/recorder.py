@@ -86,6 +86,7 @@ class Recorder:
             store.end(session, self.token, status, error)
 
         self._insist(finish)
+        log.info("the job has %s%s", status, f": {error['type']}" if error else "")
 
     def _insist(self, write: Callable[[Session], Written]) -> Written:
         """Commit what the job cannot go on without, and wait while the database is away."""

@@ -5,7 +5,8 @@ import importlib.resources
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from prometheus_client.exposition import choose_encoder
 from sqlalchemy import text
 
 from service import files
@@ -135,6 +136,20 @@ def readyz(here: Here, request: Request) -> Response:
         known = reason if isinstance(reason, StorageFull | DatabaseUnavailable) else RankscopeError("not ready")
         return problem_response(request, known, status=503)
     return Response(to_json({"status": "ready"}), media_type="application/json")
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
+    openapi_extra=raises(NotFound),
+)
+def metrics(here: Here, request: Request) -> Response:
+    """What Prometheus scrapes: requests, jobs, queue depth, sizes. A setting turns it off."""
+    if here.settings.metrics == "off":
+        raise NotFound("RANKSCOPE_METRICS is off")
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(request.app.state.registry), headers={"content-type": media_type})
 
 
 @router.get("/problems/{slug}", dependencies=JSON_ONLY)

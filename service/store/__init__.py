@@ -4,6 +4,7 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 """
 
 from service.store.database import Database, connect, migrate
+from service.store.health import count_jobs, sizes
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
     Page,
@@ -24,6 +25,7 @@ from service.store.queue import (
     end,
     heartbeat,
     held_jobs,
+    outcome,
     record_crash,
     record_progress,
     release,
@@ -77,6 +79,7 @@ __all__ = [
     "claim_next",
     "clear_recording",
     "connect",
+    "count_jobs",
     "create_job",
     "cuts",
     "delete_job",
@@ -92,6 +95,7 @@ __all__ = [
     "migrate",
     "missing",
     "new_id",
+    "outcome",
     "pending",
     "record_crash",
     "record_found",
@@ -101,6 +105,7 @@ __all__ = [
     "remember",
     "remembered",
     "rename_job",
+    "sizes",
     "source_of",
     "spectra",
     "spectrum_of",

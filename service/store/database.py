@@ -1,6 +1,7 @@
 """Engines and migrations: how SQLite is set up, and the one way to a current schema."""
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from filelock import FileLock
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import DatabaseUnusable
 from service.settings import Settings
 
-WAIT_S = 5  # How long a statement waits for somebody else's lock, and a connection for an answer.
+log = logging.getLogger(__name__)
+BUSY_S = 5  # How long a caller waits for a lock, an answer or a connection of the pool before it is told.
 MIGRATION_LOCK = 0x72616E6B  # any number nobody else locks: "rank" in ASCII
 
 
@@ -43,21 +45,32 @@ def connect(settings: Settings) -> Database:
         engine = _engine(settings.url)
     except OSError as error:
         raise DatabaseUnusable(f"cannot use the data folder {str(settings.data)!r}: {error.strerror}") from error
-    except (ArgumentError, ImportError) as error:
+    except (ArgumentError, ImportError, TypeError) as error:
         raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
     reading, writing = _views(engine)
     return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (reading, writing)))
 
 
 def _engine(url: str) -> Engine:
+    # Parameters are what clients sent: no error may carry them to the log.
+    shared: dict[str, Any] = {"hide_parameters": True, "pool_timeout": BUSY_S}
     if not url.startswith("postgresql"):
-        engine = create_engine(url, connect_args={"timeout": WAIT_S})
+        engine = create_engine(url, connect_args={"timeout": BUSY_S}, **shared)
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin)
         return engine
     # A server that has gone silent is given up on; one that was restarted is noticed before a connection is used.
-    limits = {"connect_timeout": WAIT_S, "tcp_user_timeout": WAIT_S * 1000, "options": f"-c lock_timeout={WAIT_S}s"}
-    return create_engine(url, pool_pre_ping=True, connect_args=limits)
+    limits = {"connect_timeout": BUSY_S, "tcp_user_timeout": BUSY_S * 1000, "options": f"-c lock_timeout={BUSY_S}s"}
+    engine = create_engine(url, pool_pre_ping=True, connect_args=limits, **shared)
+    event.listen(engine, "handle_error", _hide_detail)
+    return engine
+
+
+def _hide_detail(context: ExceptionContext) -> None:
+    """PostgreSQL tells the values of the row that it refused, in lines after the first."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None:
+            error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:]) if error.args else ()
 
 
 def _views(engine: Engine) -> tuple[Engine, Engine]:
@@ -76,7 +89,9 @@ def journal_mode() -> str:
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # The driver must not begin transactions of its own: `_begin` does.
-    for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
+    # The time comes first: to change the journal's mode takes a lock.
+    busy, journal = f"busy_timeout={BUSY_S * 1000}", f"journal_mode={journal_mode()}"
+    for pragma in (busy, journal, "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -102,6 +117,7 @@ def migrate(database: Database, settings: Settings) -> None:
             if current != script.get_current_head():
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
+                log.info("the database's schema was %s and is %s now", current or "empty", script.get_current_head())
     except (DBAPIError, OSError) as error:
         reason = error.orig if isinstance(error, DBAPIError) else error
         raise DatabaseUnusable(f"cannot use the database {database.engine.url!r}: {reason}") from error

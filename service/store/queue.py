@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import LostJob
 from service.store.jobs import now
-from service.store.tables import JobRow, Status
+from service.store.tables import TERMINAL, JobRow, Status
 
 HELD: tuple[Status, ...] = ("running", "canceling")
 
@@ -102,6 +102,14 @@ def release(session: Session, token: Token) -> None:
     session.execute(_held(token).where(JobRow.status == "canceling").values(canceled))
     back = {"status": "queued", "worker": None, "done": 0, **bump}
     session.execute(_held(token).where(JobRow.status == "running").values(back))
+
+
+def outcome(session: Session, token: Token) -> tuple[str, str] | None:
+    """Kind of the job and how the attempt ended: a terminal status, or `lost` where it is tried again."""
+    row = session.get(JobRow, token.job_id)
+    if row is None:
+        return None
+    return row.kind, row.status if row.attempt == token.attempt and row.status in TERMINAL else "lost"
 
 
 def record_crash(session: Session, token: Token, reason: str, max_attempts: int) -> None:
