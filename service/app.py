@@ -77,9 +77,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _sweep(settings: Settings, database: Database) -> None:
-    """Remove uploads whose job was never stored, because a crash came in between."""
+    """Remove what crashes have left: uploads whose job was never stored, and checkpoints of jobs that are over."""
     with database.read.begin() as session:
         gone = store.missing(session, files.abandoned(settings.data))
+        over = store.over(session, files.with_checkpoints(settings.data))
+    for job_id in over:
+        files.remove_checkpoints(settings.data, job_id)
     for job_id in gone:
         log.warning("removing the upload of %s, which was never stored", job_id)
         files.remove_job(settings.data, job_id)

@@ -4,6 +4,7 @@ data/
 ├── rankscope.sqlite3
 ├── weights/<experiment>/<attempt>-initial.safetensors, <attempt>-final.safetensors
 ├── uploads/<analysis>/file, base
+├── checkpoints/<job>/<attempt>-<number>
 ├── factors/<factors>/<attempt>.safetensors|npz|zip
 └── pictures/<job>/<key>.png|svg|gif
 """
@@ -20,7 +21,7 @@ from typing import IO, Any, BinaryIO, Literal
 
 At = Literal["initial", "final"]
 INCOMING = "incoming"
-FOLDERS = ("weights", "uploads", "factors", "pictures")
+FOLDERS = ("weights", "uploads", "checkpoints", "factors", "pictures")
 
 
 def weights_path(data: Path, job_id: str, attempt: int, at: At) -> Path:
@@ -36,6 +37,21 @@ def upload_path(data: Path, job_id: str) -> Path:
 def base_path(data: Path, job_id: str) -> Path:
     """Where an analysis has the file that it subtracts: a second name of the base's upload, which may be deleted."""
     return data / "uploads" / job_id / "base"
+
+
+def checkpoint_folder(data: Path, job_id: str) -> Path:
+    """Where the attempts at a job leave what the next one goes on from."""
+    return data / "checkpoints" / job_id
+
+
+def with_checkpoints(data: Path) -> list[str]:
+    """Ids of the jobs that have checkpoints."""
+    return [folder.name for folder in (data / "checkpoints").glob("*")]
+
+
+def remove_checkpoints(data: Path, job_id: str) -> None:
+    """Remove what nobody goes on from any more."""
+    shutil.rmtree(checkpoint_folder(data, job_id), ignore_errors=True)
 
 
 def factors_path(data: Path, job_id: str, attempt: int, file_format: str) -> Path:

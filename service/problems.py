@@ -9,11 +9,11 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from service import errors
+from service import errors, store
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _handle(request: Request, error: Exception) -> Response:
     if type(translated) is errors.RankscopeError:
         log.error("the request failed", exc_info=error)
     elif isinstance(error, DBAPIError | PoolTimeout | OSError):
-        log.warning("%s: %s", translated.detail, getattr(error, "orig", error))
+        log.warning("%s: %s", translated.detail, store.reason_of(error))
     return problem_response(request, translated, headers=headers)
 
 
@@ -188,12 +188,12 @@ def translate(error: Exception) -> errors.RankscopeError:
             return _http_error(error)
         case OSError(errno=errno.ENOSPC):
             return errors.StorageFull("the disk is full")
-        case OperationalError() | InterfaceError() | PoolTimeout():
+        case _ if isinstance(error, store.UNAVAILABLE):
             return _database_error(error)
     return errors.RankscopeError("the request met an unexpected error")
 
 
-def _database_error(error: SQLAlchemyError) -> errors.RankscopeError:
+def _database_error(error: Exception) -> errors.RankscopeError:
     origin = getattr(error, "orig", None)
     if "is full" in str(origin) or getattr(origin, "sqlstate", None) == POSTGRES_DISK_FULL:
         return errors.StorageFull("the disk of the database is full")

@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     )
     max_attempts: int = Field(3, ge=1, le=100, description="Crashed attempts after which a job fails")
     job_limit_s: float = Field(86_400, gt=0, le=30 * 86_400, description="Seconds one job may run")
+    job_memory: int = Field(
+        0, ge=0, description="Bytes of memory one job may take, beyond what its process starts with; 0: no limit"
+    )
     queue_limit: int = Field(1000, ge=1, le=10**6, description="Jobs that may wait in the queue")
     body_limit: int = Field(64 << 10, ge=1024, le=16 * MIB, description="Bytes of a JSON body")
     upload_limit: int = Field(2 * GIB, ge=1024, description="Bytes of an uploaded file")

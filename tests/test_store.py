@@ -189,16 +189,91 @@ def test_what_is_recorded_comes_back_bit_for_bit(database: Database) -> None:
         }  # fmt: skip
 
 
-def test_a_new_attempt_forgets_what_the_old_one_recorded(database: Database) -> None:
+def test_epochs_that_are_recorded_again_are_there_once_with_all_others(database: Database) -> None:
     job = create(database)
     token = claim(database)
     with database.write.begin() as session:
-        store.add_epochs(session, token, [epoch(0), epoch(1)])
-        store.add_cuts(session, token, {"W2": (np.ones(2), np.array([np.nan, 0.5]))})
-        np.testing.assert_array_equal(store.cuts(session, job, "W2") or (), [[1, 1], [np.nan, 0.5]])
-        store.clear_recording(session, token)
-        assert store.last_epoch(session, job) is None
-        assert store.cuts(session, job, "W2") is None
+        store.add_epochs(session, token, [epoch(n) for n in range(6)])
+        store.add_epochs(session, token, [epoch(n, k=2) for n in range(4, 8)])
+    with database.read.begin() as session:
+        assert store.recorded_epochs(session, job, EpochRange()) == list(range(8))
+        assert store.spectra(session, job, "W1", 3, range(4), of="weights").shape == (4, 3)
+        again = store.spectra(session, job, "W1", 2, range(4, 8), of="weights")
+    np.testing.assert_array_equal(again, [epoch(n, k=2).spectra["W1"][0] for n in range(4, 8)])
+
+
+def test_a_job_goes_on_from_the_checkpoint_that_its_attempt_named_last(database: Database) -> None:
+    job = create(database)
+    late = claim(database)
+    with database.write.begin() as session:
+        store.record_progress(session, late, 1, checkpoint="1-1")
+        store.record_crash(session, late, "killed", max_attempts=3)
+    token = claim(database)
+    with pytest.raises(LostJob), database.write.begin() as session:
+        store.record_progress(session, late, 2, checkpoint="1-2")
+    with database.read.begin() as session:
+        assert store.checkpoint_of(session, job) == "1-1"
+    assert (read(database, job).done, token.attempt) == (1, 2)
+
+
+def test_groups_of_submissions_take_turns_and_each_is_first_in_first_out(database: Database) -> None:
+    sweep = [create(database, submission="sweep", name=f"sweep{i}") for i in range(4)]
+    alone = [create(database, name=f"alone{i}") for i in range(2)]
+    other = create(database, owner="somebody")
+    urgent = create(database, priority="high", submission="sweep")
+    order = [claim(database).job_id for _ in range(8)]
+    assert order[0] == urgent  # Priority before turns: that was the sweep's.
+    assert order[1:] == [alone[0], other, sweep[0], alone[1], sweep[1], sweep[2], sweep[3]]
+
+
+def test_who_died_among_others_runs_alone_and_fails_only_by_its_own_crashes(database: Database) -> None:
+    innocent, poison = create(database), create(database)
+    for _ in range(2):
+        claim(database, "shared")
+    with database.write.begin() as session:
+        assert len(store.take_over(session, "shared", max_attempts=1)) == 2  # Even one crash would be too many.
+    assert {read(database, job).status for job in (innocent, poison)} == {"queued"}
+    with database.write.begin() as session:
+        assert store.claim_next(session, "busy", alone=False) is None
+    token = claim(database, "idle")
+    with database.write.begin() as session:
+        store.end(session, token, "succeeded")
+    claim(database, "idle")
+    with database.write.begin() as session:
+        store.take_over(session, "idle", max_attempts=1)
+    states = [read(database, job) for job in (innocent, poison)]
+    assert [state.status for state in states] == ["succeeded", "failed"]
+    assert states[1].error is not None
+    assert states[1].error["type"] == "worker-crashed"
+
+
+def test_two_that_take_over_together_count_one_crash(database: Database) -> None:
+    jobs = [create(database) for _ in range(6)]
+    for _ in jobs:
+        claim(database, "dead")
+    start = threading.Barrier(4)
+    taken: list[Token] = []
+
+    def take() -> None:
+        start.wait()
+        with database.write.begin() as session:
+            taken.extend(store.take_over(session, "dead", max_attempts=3))
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 6
+    assert {(read(database, job).status, read(database, job).crashes) for job in jobs} == {("queued", 1)}
+
+
+def test_counts_go_beyond_32_bits(database: Database) -> None:
+    job = create(database, total=2**40)
+    token = claim(database)
+    with database.write.begin() as session:
+        store.record_progress(session, token, 2**33)
+    assert (read(database, job).done, read(database, job).total) == (2**33, 2**40)
 
 
 def test_pages_are_whole_and_in_order_whatever_the_filter(database: Database) -> None:

@@ -21,7 +21,7 @@ from worker.source import Source
 def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
     """Analyse what no earlier attempt has.
 
-    Raises Canceled, LostJob, and where the only matrix of the file cannot be analysed the reason for it.
+    Raises Canceled, Drained, LostJob, and where the only matrix of the file cannot be analysed the reason for it.
     """
     device = choose_device("auto", settings.device_names)
     recorder.start(environment(device), store.adopt_twin if spec["reuse"] else None)
@@ -37,6 +37,7 @@ def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
     require_matrix(source.tensors)
     is_alone = source.n_matrices == 1
     for batch in _batches(source.tensors, left):
+        recorder.stop_if_draining()
         for found in _analyse(source, batch, device):
             done += works[found.position]
             recorder.add(found, done)

@@ -17,21 +17,25 @@ from worker.decompose import difference, spectra
 from worker.devices import choose_device, environment
 from worker.networks import Arrays
 from worker.recorder import Recorder
+from worker.resume import Checkpoints
 from worker.trainer import Snapshot, Trainer
 
 
 def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
-    """Run the experiment to its end, recording as it goes.
+    """Run the experiment to its end, recording as it goes; where an attempt was before, from its last checkpoint.
 
-    Raises Diverged, Canceled, LostJob; what was recorded until then stays.
+    Raises Diverged, Canceled, Drained, LostJob; what was recorded until then stays.
     """
     spec = ExperimentSpec.model_validate(stored)
     device = choose_device(spec.device, settings.device_names)
-    recorder.start(environment(device), store.clear_recording)
+    recorder.start(environment(device))
     trainer = Trainer([spec], device)
     initial = trainer.copy_weights()
     _keep_weights(settings, recorder, "initial", trainer)
-    for snapshot in trainer.train():
+    checkpoints = Checkpoints(settings.data, recorder)
+    if (saved := checkpoints.load()) is not None:
+        trainer.restore(saved)
+    for snapshot in trainer.train(lambda: checkpoints.offer(trainer.checkpoint)):
         if snapshot.diverged[0]:
             raise Diverged(_advice(snapshot, spec))
         recorder.add(_epoch(spec, snapshot, initial), snapshot.epoch)
@@ -43,8 +47,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
 def _keep_weights(settings: Settings, recorder: Recorder, at: files.At, trainer: Trainer) -> None:
     token = recorder.token
     path = files.weights_path(settings.data, token.job_id, token.attempt, at)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, save(trainer.state(member=0)))
+    recorder.write_file(path, save(trainer.state(member=0)))
 
 
 def _epoch(spec: ExperimentSpec, snapshot: Snapshot, initial: list[Any]) -> Epoch:

@@ -17,7 +17,7 @@ from worker.source import Source
 
 
 def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
-    """Write the file and its manifest. Raises CannotFactor, UploadError, Canceled, LostJob."""
+    """Write the file and its manifest. Raises CannotFactor, UploadError, Canceled, Drained, LostJob."""
     spec = FactorsSpec.model_validate(stored["request"])
     recorder.start(environment("cpu"))
     analysis, rows = recorder.read(lambda session: store.source_of(session, recorder.token.job_id))
@@ -30,6 +30,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
         nonlocal done
         done += work
         recorder.progress(done)
+        recorder.stop_if_draining()
 
     token = recorder.token
     path = files.factors_path(settings.data, token.job_id, token.attempt, spec.format)

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from service.processes import end_with_parent
 from service.settings import Settings
 from service.store import Database, Token
 from worker import analysis, experiment, factors
-from worker.recorder import Canceled, Recorder, Save
+from worker.memory import limit_memory, wanted
+from worker.recorder import Canceled, Drained, Recorder, Save
 
 log = logging.getLogger("worker.job")
 KINDS: dict[str, tuple[Callable[[Settings, Recorder, dict[str, Any]], None], Save]] = {
@@ -31,6 +33,8 @@ def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> No
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(settings.threads)
+    if settings.job_memory:
+        limit_memory(settings.job_memory)
     database = store.connect(settings)
     try:
         with threadpool_limits(settings.threads):
@@ -44,8 +48,15 @@ def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> No
 def _work(settings: Settings, database: Database, token: Token, kind: str, spec: dict[str, Any]) -> None:
     run_kind, save = KINDS.get(kind, (_unknown, store.record_found))
     recorder = Recorder(database, token, save)
+
+    def drain(_number: int, _frame: FrameType | None) -> None:
+        recorder.draining = True
+
+    signal.signal(signal.SIGTERM, drain)
     try:
         run_kind(settings, recorder, spec)
+    except Drained:
+        log.info("the job is back in line")
     except Canceled:
         recorder.end("canceled")
     except JobFailed as error:
@@ -67,7 +78,8 @@ def _problem(error: Exception) -> dict[str, str]:
     """An unexpected error for the client: its kind, never its trace."""
     # torch's allocator on the CPU raises a bare RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        detail = "the job needed more memory than there was; take a smaller network or matrix, or give the worker more"
+        needed = f"an allocation of {size}" if (size := wanted(error)) else "an allocation"
+        detail = f"{needed} failed; take a smaller network or matrix, or give the worker more memory"
         return {"type": "out-of-memory", "title": "Out of memory", "detail": detail}
     detail = f"an unexpected {type(error).__name__}; the worker's log has it under the job's id"
     return {"type": JobFailed.kind, "title": JobFailed.title, "detail": detail}

@@ -16,18 +16,18 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from sqlalchemy.exc import OperationalError
-
-from service import logs, store
+from service import files, logs, store
 from service.errors import LostJob
 from service.settings import Settings
-from service.store import Status, Token
+from service.store import Token
 from worker import engines
+from worker.memory import count_oom_kills, peak_memory
 from worker.monitoring import WorkerMetrics
 
 log = logging.getLogger("worker")
 CANCEL_GRACE_S = 0.4  # A child looks for a cancel at every commit; one inside a long step is ended from outside.
-EXIT_GRACE_S = 5.0
+EXIT_GRACE_S = 5.0  # For a last checkpoint.
+TITLES = {"timed-out": "The job took too long", "out-of-memory": "Out of memory"}
 
 
 @dataclass
@@ -36,6 +36,9 @@ class Running:
 
     process: BaseProcess
     started: float
+    suspect: bool  # It may have killed a worker before: nothing else runs beside it.
+    oom_kills: int  # How many there had been when it started.
+    peak: int = 0  # The most bytes of memory seen.
     cancel_seen: float | None = None
 
 
@@ -97,29 +100,38 @@ class Supervisor:
             if time.monotonic() - self.last_beat >= self.settings.heartbeat_s:
                 self._beat()
             self._claim()
-        except OperationalError as error:
-            log.warning("the database does not answer: %s", error.orig)
+        except store.UNAVAILABLE as error:
+            log.warning("the database does not answer: %s", store.reason_of(error))
 
     def _collect(self) -> None:
         """Take note of children that have ended; one that ended its job itself has left nothing to do."""
         for token, job in list(self.running.items()):
-            if job.process.exitcode is None:
+            if (exit_code := job.process.exitcode) is None:
+                job.peak = peak_memory(job.process.pid or 0) or job.peak
                 continue
-            if job.process.exitcode == -signal.SIGXCPU:
+            if exit_code == -signal.SIGXCPU:
                 # A limit that the job had set itself: it would pass it again.
-                self._time_out(token, "it used more CPU time than reading its file may take")
+                self._fail(token, "timed-out", "it used more CPU time than reading its file may take")
+            elif exit_code == -signal.SIGKILL and count_oom_kills() > job.oom_kills:
+                detail = f"the kernel ended the job for want of memory; it had {job.peak} bytes when last looked at"
+                self._fail(token, "out-of-memory", detail)
+                for other in self.running.values():
+                    other.oom_kills = count_oom_kills()  # That one is accounted for.
             else:
-                reason = f"its process ended with exit code {job.process.exitcode}"
                 with self.database.write.begin() as session:
+                    reason = f"its process ended with exit code {exit_code}"
                     store.record_crash(session, token, reason, self.settings.max_attempts)
-            self._measure(token, job)
+            self._tidy(token, time.monotonic() - job.started)
             self._forget(token)
 
-    def _measure(self, token: Token, job: Running) -> None:
+    def _tidy(self, token: Token, seconds: float | None = None) -> None:
+        """What is left to do once an attempt has ended."""
         with self.database.read.begin() as session:
             outcome = store.outcome(session, token)
-        if outcome is not None:
-            self.metrics.job_ended(*outcome, time.monotonic() - job.started)
+        if outcome is not None and seconds is not None:
+            self.metrics.job_ended(*outcome, seconds)
+        if outcome is None or outcome[1] in store.TERMINAL:
+            files.remove_checkpoints(self.settings.data, token.job_id)
 
     def _forget(self, token: Token) -> None:
         job = self.running.pop(token)
@@ -137,16 +149,16 @@ class Supervisor:
             if token not in held:
                 # Over or taken over: a child that has just ended its job needs a moment to exit.
                 job.cancel_seen = job.cancel_seen or now
-            elif held[token][1] == "canceling":
+            elif held[token].status == "canceling":
                 job.cancel_seen = job.cancel_seen or now
             elif now - job.started > self.settings.job_limit_s:
-                self._time_out(token, f"it ran longer than {self.settings.job_limit_s:g} s")
+                self._fail(token, "timed-out", f"it ran longer than {self.settings.job_limit_s:g} s")
                 job.process.kill()
             if job.cancel_seen is not None and now - job.cancel_seen > CANCEL_GRACE_S:
                 job.process.kill()
 
-    def _time_out(self, token: Token, detail: str) -> None:
-        error = {"type": "timed-out", "title": "The job took too long", "detail": detail}
+    def _fail(self, token: Token, kind: str, detail: str) -> None:
+        error = {"type": kind, "title": TITLES[kind], "detail": detail}
         # It may have ended in this very moment.
         with contextlib.suppress(LostJob), self.database.write.begin() as session:
             store.end(session, token, "failed", error)
@@ -167,47 +179,56 @@ class Supervisor:
                 store.heartbeat(session, list(self.running))
         with self.database.read.begin() as session:
             held = store.held_jobs(session)
-        foreign = {token: beat for token, beat in held.items() if token not in self.running}
-        self.leases = {token: self._seen(token, beat, now) for token, (beat, _) in foreign.items()}
-        for token, (_, since) in self.leases.items():
-            if now - since > self.settings.lease_s:
-                self._take_over(token, foreign[token][1])
+        foreign = {token: lease for token, lease in held.items() if token not in self.running}
+        self.leases = {token: self._seen(token, lease.beat, now) for token, lease in foreign.items()}
+        silent = {
+            foreign[token].worker for token, (_, since) in self.leases.items() if now - since > self.settings.lease_s
+        }
+        for worker in silent - {self.name}:
+            self._take_over(worker)
+        for token in (token for token, lease in foreign.items() if lease.worker == self.name):
+            # A claim of which we never heard: the connection broke at the commit.
+            with self.database.write.begin() as session:
+                store.release(session, token)
 
     def _seen(self, token: Token, beat: int, now: float) -> tuple[int, float]:
         known = self.leases.get(token)
         return known if known is not None and known[0] == beat else (beat, now)
 
-    def _take_over(self, token: Token, status: Status) -> None:
-        log.warning("the lease of %s (%s) has run out", token, status)
+    def _take_over(self, worker: str) -> None:
         with self.database.write.begin() as session:
-            store.record_crash(session, token, "its worker went silent", self.settings.max_attempts)
+            tokens = store.take_over(session, worker, self.settings.max_attempts)
+        for token in tokens:
+            log.warning("took over %s from %s, which has gone silent", token, worker)
+            self._tidy(token)
 
     def _claim(self) -> None:
-        while len(self.running) < self.settings.jobs:
+        while len(self.running) < self.settings.jobs and not any(job.suspect for job in self.running.values()):
             with self.database.read.begin() as session:
                 if not store.anything_queued(session):
                     return
             with self.database.write.begin() as session:
-                row = store.claim_next(session, self.name)
+                row = store.claim_next(session, self.name, alone=not self.running)
             if row is None:
                 return
             token = Token(row.id, row.attempt)
             log.info("starting %s %s, attempt %d", row.kind, row.id, row.attempt)
             process = engines.start(self.settings, token, row.kind, row.spec)
-            self.running[token] = Running(process, time.monotonic())
+            self.running[token] = Running(process, time.monotonic(), row.suspect, count_oom_kills())
 
     def _give_back(self) -> None:
-        """End the children and put their jobs back in line: a deploy is no failed attempt."""
+        """Let the children keep where they are and put their jobs back in line: a deploy is no failed attempt."""
         for job in self.running.values():
             job.process.terminate()
+        deadline = time.monotonic() + EXIT_GRACE_S
         for token, job in list(self.running.items()):
-            job.process.join(EXIT_GRACE_S)
+            job.process.join(max(0.0, deadline - time.monotonic()))
             if job.process.exitcode is None:
                 job.process.kill()
             try:
                 with self.database.write.begin() as session:
                     store.release(session, token)
-            except OperationalError as error:
-                log.warning("%s stays leased until that runs out: %s", token, error.orig)
+            except store.UNAVAILABLE as error:
+                log.warning("%s stays leased until that runs out: %s", token, store.reason_of(error))
             self._forget(token)
         self.database.engine.dispose()

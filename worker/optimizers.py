@@ -8,7 +8,7 @@ spoils the gradient (M, P).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
 
@@ -19,6 +19,13 @@ from worker.networks import Arrays, Tensor
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 Update = Callable[[int], None]
+
+
+class Optimizer(NamedTuple):
+    """An update, and what it remembers from one step to the next: vectors (M, P) that it changes in place."""
+
+    update: Update
+    state: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,9 @@ class _Vectors:
         return self.arrays.zeros(*self.parameters.shape)
 
 
-def make_update(members: Sequence[ExperimentSpec], parameters: Tensor, gradient: Tensor, arrays: Arrays) -> Update:
+def make_optimizer(
+    members: Sequence[ExperimentSpec], parameters: Tensor, gradient: Tensor, arrays: Arrays
+) -> Optimizer:
     """The members' optimizer, with the settings of each."""
     training = [member.training for member in members]
     lr = np.array([[one.lr] for one in training])
@@ -58,15 +67,15 @@ def _column(values: Array, arrays: Arrays) -> Tensor:
     return arrays.stack(list(values))
 
 
-def _after(decay: Update | None, step: Update) -> Update:
+def _after(decay: Update | None, step: Optimizer) -> Optimizer:
     if decay is None:
         return step
 
     def update(number: int) -> None:
         decay(number)
-        step(number)
+        step.update(number)
 
-    return update
+    return Optimizer(update, step.state)
 
 
 def _coupled_decay(v: _Vectors, decay: Array) -> Update | None:
@@ -94,7 +103,7 @@ def _decoupled_decay(v: _Vectors, lr_decay: Array) -> Update | None:
     return update
 
 
-def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Update:
+def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Optimizer:
     """velocity = momentum·velocity + gradient; parameters −= lr·velocity."""
     xp, rates, momenta = v.arrays.xp, _column(lr, v.arrays), _column(momentum, v.arrays)
     velocity = v.zeros() if momentum.any() else v.gradient
@@ -106,10 +115,10 @@ def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Update:
         xp.multiply(velocity, rates, out=v.scratch)
         xp.subtract(v.parameters, v.scratch, out=v.parameters)
 
-    return update
+    return Optimizer(update, {} if velocity is v.gradient else {"velocity": velocity})
 
 
-def _adam(v: _Vectors, lr: Array) -> Update:
+def _adam(v: _Vectors, lr: Array) -> Optimizer:
     """parameters −= lr·m̂/(√v̂ + ε), with m̂ and v̂ the bias-corrected means of gradient and gradient².
 
     The running sums kept are m/(1 − β₁) and v/(1 − β₂), which cost two operations less; numerator and denominator are
@@ -131,4 +140,4 @@ def _adam(v: _Vectors, lr: Array) -> Update:
         xp.multiply(v.scratch, rates * (scale * (1 - BETA1) / (1 - BETA1**number)), out=v.scratch)
         xp.subtract(v.parameters, v.scratch, out=v.parameters)
 
-    return update
+    return Optimizer(update, {"first_moment": first, "second_moment": second})

@@ -3,10 +3,12 @@
 Members are experiments with the same shapes and the same schedule: their parameters are the rows of one array, and
 data, seed, learning rate, weight decay and momentum are each member's own. What a member becomes does not depend on who
 else is in the batch. The formulas are written once over an array namespace: numpy on the CPU, torch on CUDA.
-Training yields; it does not write, and it measures nothing but losses.
+Training yields; it does not write, and it measures nothing but losses. It can be stopped between any two steps, and a
+checkpoint goes on from there in another process.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,10 +29,11 @@ from worker.networks import (
     initial_parameters,
     named_parameters,
 )
-from worker.optimizers import make_update
+from worker.optimizers import make_optimizer
 from worker.scores import score_of
 
 GATHER = 2**20  # Values moved at a time when the data are shuffled, so that no second copy of them is ever made.
+CHUNK_WORK, CHUNK_STEPS = 2**30, 4096  # About a third of a second of training, between two looks outside.
 GAMMA, MIX1, MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -68,6 +71,8 @@ class Trainer:
         self.xp, self.device = xp or (np if device == "cpu" else torch), device
         self._arrays = Arrays(self.xp, device, dtype)
         self._seeds = self.xp.asarray(np.array([[member.seed] for member in members]), device=device)
+        self.step = 0
+        self.diverged = np.zeros(len(members), dtype=bool)
         self._prepare_data(members)
         self._prepare_parameters(members)
 
@@ -76,6 +81,7 @@ class Trainer:
         parts = zip(*(make_dataset(member, self._arrays.dtype) for member in members), strict=True)
         self._x, self._y, self._x_validation, self._y_validation = (stack(part) for part in parts)
         self._x_shuffled, self._y_shuffled = (self.xp.empty_like(part) for part in (self._x, self._y))
+        self._shuffled = 0  # The epoch in whose order they are.
 
     def _prepare_parameters(self, members: Sequence[ExperimentSpec]) -> None:
         spec, arrays = self.spec, self._arrays
@@ -88,7 +94,7 @@ class Trainer:
             n_rows: Backpropagation(self.network, slopes, activation, n_rows, arrays)
             for n_rows in {min(spec.training.batch_size, spec.n_training), last}
         }
-        self._update = make_update(members, self.parameters, gradient, arrays)
+        self._optimizer = make_optimizer(members, self.parameters, gradient, arrays)
         self._train_score = score_of(self.network, activation, self._x, self._y, arrays)
         self._validation_score = score_of(self.network, activation, self._x_validation, self._y_validation, arrays)
 
@@ -100,33 +106,67 @@ class Trainer:
         """A member's parameters as they are now, under PyTorch's names."""
         return named_parameters(self.network, member)
 
-    def train(self) -> Iterator[Snapshot]:
-        """Train, and yield at every recorded epoch and when a member diverges; it ends early once all have."""
-        recorded = set(self.spec.recorded_epochs)
-        diverged = np.zeros(len(self.parameters), dtype=bool)
-        for epoch in range(self.spec.training.epochs + 1):
-            if epoch > 0:
-                self._train_epoch(epoch)
-            broken = ~as_numpy(self.xp.isfinite(self.parameters).all(1))
-            if epoch in recorded or (broken & ~diverged).any():
-                snapshot = self._measure(epoch, diverged | broken)
-                diverged = snapshot.diverged
-                yield snapshot
-            if diverged.all():
-                return
+    def checkpoint(self) -> dict[str, NDArray[Any]]:
+        """All that the rest of the training depends on, by name; views of what training goes on in."""
+        state = {name: as_numpy(vector) for name, vector in self._live().items()}
+        return {**state, "step": np.array([self.step], np.int64), "diverged": self.diverged}
+
+    def restore(self, saved: dict[str, NDArray[Any]]) -> None:
+        """Go on from a checkpoint: what follows is bit for bit what would have followed there.
+
+        Raises ValueError where it is of other members; nothing is changed then.
+        """
+        expected, found = (
+            {name: (array.shape, array.dtype) for name, array in state.items()} for state in (self.checkpoint(), saved)
+        )
+        if found != expected:
+            raise ValueError(f"a checkpoint of other members: {found}, not {expected}")
+        for name, vector in self._live().items():
+            vector[...] = self.xp.asarray(saved[name], device=self.device)
+        self.step, self.diverged = int(saved["step"][0]), saved["diverged"]
+
+    def _live(self) -> dict[str, Tensor]:
+        return {"parameters": self.parameters, **self._optimizer.state}
+
+    def train(self, pause: Callable[[], None] = lambda: None) -> Iterator[Snapshot]:
+        """Train on, and yield at every recorded epoch and when a member diverges; it ends early once all have.
+
+        `pause` is called now and then between steps, when every epoch so far has been yielded: time for checkpoints.
+        """
+        recorded, length = set(self.spec.recorded_epochs), self.spec.steps_per_epoch
+        if self.step == 0:
+            yield from self._observe(0, recorded)
+        while self.step < length * self.spec.training.epochs and not self.diverged.all():
+            self._train_some()
+            if self.step % length == 0:
+                yield from self._observe(self.step // length, recorded)
+            pause()
+
+    def _observe(self, epoch: int, recorded: set[int]) -> Iterator[Snapshot]:
+        broken = ~as_numpy(self.xp.isfinite(self.parameters).all(1))
+        if epoch in recorded or (broken & ~self.diverged).any():
+            snapshot = self._measure(epoch, self.diverged | broken)
+            self.diverged = snapshot.diverged
+            yield snapshot
 
     # Overflow is a result here, not an accident: members that diverge are reported, not warned about.
     @np.errstate(all="ignore")
-    def _train_epoch(self, epoch: int) -> None:
-        """Pass over the training data once, in an order of the epoch's own; the last batch may be short."""
-        size = self.spec.training.batch_size
-        step = (epoch - 1) * self.spec.steps_per_epoch
-        self._shuffle(epoch)
-        for start in range(0, self.spec.n_training, size):
-            x, y = self._x_shuffled[:, start : start + size], self._y_shuffled[:, start : start + size]
+    def _train_some(self) -> None:
+        """Train to the end of the epoch, or for as many steps of it as are one piece of work.
+
+        An epoch passes over the training data once, in an order of its own; the last batch may be short.
+        """
+        size, length = self.spec.training.batch_size, self.spec.steps_per_epoch
+        epoch, first = divmod(self.step, length)
+        if self._shuffled != epoch + 1:
+            self._shuffle(epoch + 1)
+        at_once = max(1, min(CHUNK_STEPS, CHUNK_WORK // (math.prod(self.parameters.shape) * size)))
+        for start in range(first * size, min(first + at_once, length) * size, size):
+            rows = slice(start, min(start + size, self.spec.n_training))
+            x, y = self._x_shuffled[:, rows], self._y_shuffled[:, rows]
             self._backpropagate[x.shape[1]](x, y)
-            step += 1
-            self._update(step)
+            self.step += 1
+            self._optimizer.update(self.step)
 
     def _shuffle(self, epoch: int) -> None:
         n_members, n_samples, n_features = self._x.shape
@@ -137,6 +177,7 @@ class Trainer:
             rows = slice(start, start + n_rows)
             self._x_shuffled[:, rows] = self._x[members, order[:, rows]]
             self._y_shuffled[:, rows] = self._y[members, order[:, rows]]
+        self._shuffled = epoch
 
     @np.errstate(all="ignore")
     def _measure(self, epoch: int, diverged: NDArray[np.bool_]) -> Snapshot:

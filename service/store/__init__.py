@@ -3,7 +3,7 @@
 Whoever calls a verb owns the transaction: `with database.write.begin() as session: store.create_job(session, …)`.
 """
 
-from service.store.database import Database, connect, migrate
+from service.store.database import UNAVAILABLE, Database, connect, migrate, reason_of
 from service.store.health import count_jobs, sizes
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
@@ -16,11 +16,14 @@ from service.store.jobs import (
     list_jobs,
     missing,
     new_id,
+    over,
     rename_job,
 )
 from service.store.queue import (
+    Lease,
     Token,
     anything_queued,
+    checkpoint_of,
     claim_next,
     end,
     heartbeat,
@@ -29,13 +32,13 @@ from service.store.queue import (
     record_crash,
     record_progress,
     release,
+    take_over,
 )
 from service.store.recordings import (
     Epoch,
     EpochRange,
     add_cuts,
     add_epochs,
-    clear_recording,
     cuts,
     last_epoch,
     losses,
@@ -59,11 +62,13 @@ from service.store.tensors import (
 
 __all__ = [
     "TERMINAL",
+    "UNAVAILABLE",
     "Database",
     "Epoch",
     "EpochRange",
     "Found",
     "JobRow",
+    "Lease",
     "Page",
     "Status",
     "TensorRow",
@@ -75,9 +80,9 @@ __all__ = [
     "adopt_twin",
     "anything_queued",
     "cancel_job",
+    "checkpoint_of",
     "children",
     "claim_next",
-    "clear_recording",
     "connect",
     "count_jobs",
     "create_job",
@@ -96,7 +101,9 @@ __all__ = [
     "missing",
     "new_id",
     "outcome",
+    "over",
     "pending",
+    "reason_of",
     "record_crash",
     "record_found",
     "record_progress",
@@ -109,5 +116,6 @@ __all__ = [
     "source_of",
     "spectra",
     "spectrum_of",
+    "take_over",
     "tensors",
 ]

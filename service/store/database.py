@@ -14,7 +14,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import DatabaseUnusable
@@ -22,6 +23,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 BUSY_S = 5  # How long a caller waits for a lock, an answer or a connection of the pool before it is told.
+UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeout)  # What passes when the database is back.
 MIGRATION_LOCK = 0x72616E6B  # any number nobody else locks: "rank" in ASCII
 
 
@@ -49,6 +51,11 @@ def connect(settings: Settings) -> Database:
         raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
     reading, writing = _views(engine)
     return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (reading, writing)))
+
+
+def reason_of(error: Exception) -> str:
+    """What the database says, for a log: one line, without the statement."""
+    return str(getattr(error, "orig", error)).partition("\n")[0]
 
 
 def _engine(url: str) -> Engine:

@@ -28,18 +28,19 @@ def new_id() -> str:
 def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: str | None = None) -> JobRow:
     """Queue a job; `job` holds kind, owner, name, tags, spec, priority and total, and perhaps upload and parent.
 
-    Raises QueueFull.
+    Jobs of one `submission` take turns with all others'; without one it is the owner's. Raises QueueFull.
     """
     waiting = session.scalar(select(func.count()).where(JobRow.status == "queued"))
     if waiting is not None and waiting >= queue_limit:
         raise QueueFull(f"{waiting} jobs wait, the limit is {queue_limit}; try again when some have run")
     row = JobRow(
-        **{**job, "priority": PRIORITIES[job["priority"]]},
+        **{"submission": job["owner"], **job, "priority": PRIORITIES[job["priority"]]},
         id=job_id or new_id(),
         status="queued",
         created_at=now(),
         attempt=0,
         crashes=0,
+        suspect=False,
         heartbeat=0,
         done=0,
         revision=0,
@@ -60,6 +61,12 @@ def get_job(session: Session, kind: str, owner: str, job_id: str) -> JobRow:
 def missing(session: Session, ids: Collection[str]) -> set[str]:
     """Those of the ids that no job has."""
     return {one for one in ids if session.get(JobRow, one) is None}
+
+
+def over(session: Session, ids: Collection[str]) -> set[str]:
+    """Those of the ids whose job has ended, or is gone."""
+    rows = {one: session.get(JobRow, one) for one in ids}
+    return {one for one, row in rows.items() if row is None or row.status in TERMINAL}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ that a worker that slept through its lease can do no harm when it wakes.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, Update, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, Update, func, select, update
+from sqlalchemy.orm import Session, aliased
 
 from service.errors import LostJob
 from service.store.jobs import now
@@ -25,30 +25,46 @@ class Token:
     attempt: int
 
 
+@dataclass(frozen=True)
+class Lease:
+    """What others see of a job that a worker holds; `beat` grows as long as that worker lives."""
+
+    beat: int
+    status: Status
+    worker: str
+
+
 def _next_in_line() -> Select[str]:
-    line = (JobRow.priority.desc(), JobRow.created_at, JobRow.id)
+    """By priority; within one the groups of submissions take turns, and within a group it is first in, first out."""
+    other = aliased(JobRow)
+    last_turn = select(func.coalesce(func.max(other.turn), 0)).where(other.submission == JobRow.submission)
+    line = (JobRow.priority.desc(), last_turn.scalar_subquery(), JobRow.created_at, JobRow.id)
     return select(JobRow.id).where(JobRow.status == "queued").order_by(*line).limit(1)
 
 
 def anything_queued(session: Session) -> bool:
     """Whether a claim may succeed: a read, so that idle workers take no write lock."""
-    return session.scalar(_next_in_line()) is not None
+    return session.scalar(select(JobRow.id).where(JobRow.status == "queued").limit(1)) is not None
 
 
-def claim_next(session: Session, worker: str) -> JobRow | None:
-    """Take the next job in line: exactly one of many callers gets it."""
-    chosen = _next_in_line().with_for_update(skip_locked=True).scalar_subquery()
+def claim_next(session: Session, worker: str, *, alone: bool = True) -> JobRow | None:
+    """Take the next job in line: exactly one of many callers gets it.
+
+    A suspect is only for a worker that runs nothing else, `alone`; others leave it at the head of the line.
+    """
+    chosen = _next_in_line().with_for_update(skip_locked=True, of=JobRow).scalar_subquery()
+    turns = aliased(JobRow)
     claim = (
         update(JobRow)
-        .where(JobRow.id == chosen, JobRow.status == "queued")
+        .where(JobRow.id == chosen, JobRow.status == "queued", *([] if alone else [~JobRow.suspect]))
         .values(
+            turn=select(func.coalesce(func.max(turns.turn), 0) + 1).scalar_subquery(),
             status="running",
             worker=worker,
             attempt=JobRow.attempt + 1,
             heartbeat=JobRow.heartbeat + 1,
             revision=JobRow.revision + 1,
             started_at=now(),
-            done=0,
         )
         .returning(JobRow)
     )
@@ -70,22 +86,25 @@ def heartbeat(session: Session, tokens: list[Token]) -> dict[Token, Status]:
     return beats
 
 
-def held_jobs(session: Session) -> dict[Token, tuple[int, Status]]:
-    """Heartbeat counter and status of every job that some worker holds."""
-    columns = (JobRow.id, JobRow.attempt, JobRow.heartbeat, JobRow.status)
+def held_jobs(session: Session) -> dict[Token, Lease]:
+    """Every job that some worker holds."""
+    columns = (JobRow.id, JobRow.attempt, JobRow.heartbeat, JobRow.status, JobRow.worker)
     rows = session.execute(select(*columns).where(JobRow.status.in_(HELD)))
-    return {Token(job_id, attempt): (beat, status) for job_id, attempt, beat, status in rows}
+    return {Token(job_id, attempt): Lease(beat, status, worker or "") for job_id, attempt, beat, status, worker in rows}
 
 
-def record_progress(session: Session, token: Token, done: int, environment: dict[str, Any] | None = None) -> Status:
-    """Say how far the job is; the answer tells a runner that it shall stop. Raises LostJob."""
-    values: dict[str, Any] = {"done": done, "revision": JobRow.revision + 1}
-    if environment is not None:
-        values["environment"] = environment
+def record_progress(session: Session, token: Token, done: int, **columns: Any) -> Status:
+    """Say how far the job is, and set other columns; the answer tells a runner that it shall stop. Raises LostJob."""
+    values: dict[str, Any] = {"done": done, "revision": JobRow.revision + 1, **columns}
     status: Status | None = session.scalar(_held(token).values(values).returning(JobRow.status))
     if status is None:
         raise LostJob(f"{token} no longer holds the job")
     return status
+
+
+def checkpoint_of(session: Session, job_id: str) -> str | None:
+    """The name of the file that the job goes on from; None: it starts anew."""
+    return session.scalar(select(JobRow.checkpoint).where(JobRow.id == job_id))
 
 
 def end(session: Session, token: Token, status: Status, error: dict[str, str] | None = None) -> None:
@@ -100,7 +119,7 @@ def release(session: Session, token: Token) -> None:
     bump = {"revision": JobRow.revision + 1}
     canceled = {"status": "canceled", "finished_at": now(), **bump}
     session.execute(_held(token).where(JobRow.status == "canceling").values(canceled))
-    back = {"status": "queued", "worker": None, "done": 0, **bump}
+    back = {"status": "queued", "worker": None, **bump}
     session.execute(_held(token).where(JobRow.status == "running").values(back))
 
 
@@ -112,15 +131,29 @@ def outcome(session: Session, token: Token) -> tuple[str, str] | None:
     return row.kind, row.status if row.attempt == token.attempt and row.status in TERMINAL else "lost"
 
 
-def record_crash(session: Session, token: Token, reason: str, max_attempts: int) -> None:
-    """The attempt died without a word: try again, or after `max_attempts` crashes fail the job."""
-    counted = _held(token).values(crashes=JobRow.crashes + 1).returning(JobRow.crashes, JobRow.status)
-    if (row := session.execute(counted).one_or_none()) is None:
+def record_crash(session: Session, token: Token, reason: str, max_attempts: int, *, alone: bool = True) -> None:
+    """The attempt died without a word: try again, or after `max_attempts` crashes fail the job.
+
+    Where others died with it, not `alone`, nobody knows whose fault it was: it is a suspect from now on, and fails
+    only by a crash that is its own.
+    """
+    counted = {"crashes": JobRow.crashes + 1, "suspect": JobRow.suspect | (not alone)}
+    crash = _held(token).values(counted).returning(JobRow.crashes, JobRow.status)
+    if (row := session.execute(crash).one_or_none()) is None:
         return  # Another attempt owns the job, or it ended: there is nothing to put right.
     crashes, status = row
-    if crashes < max_attempts or status == "canceling":
+    if crashes < max_attempts or not alone or status == "canceling":
         release(session, token)
         return
-    detail = f"{reason}; that was attempt {crashes} of {max_attempts}"
+    detail = f"{reason}; that was crash {crashes}, and {max_attempts} are allowed"
     error = {"type": "worker-crashed", "title": "The process that ran the job died", "detail": detail}
     end(session, token, "failed", error)
+
+
+def take_over(session: Session, worker: str, max_attempts: int) -> list[Token]:
+    """Put back in line all that a worker held which has gone silent; the answer names it."""
+    held = select(JobRow.id, JobRow.attempt).where(JobRow.worker == worker, JobRow.status.in_(HELD))
+    tokens = [Token(*row) for row in session.execute(held.with_for_update())]
+    for token in tokens:
+        record_crash(session, token, "its worker went silent", max_attempts, alone=len(tokens) == 1)
+    return tokens

@@ -39,16 +39,16 @@ class EpochRange:
         return [column >= self.first, *([column <= self.last] if self.last is not None else [])]
 
 
-def clear_recording(session: Session, token: Token) -> None:
-    """Forget what an earlier attempt recorded; the new one starts at epoch 0."""
-    for table in (EpochRow, SpectrumRow, CutRow):
-        session.execute(delete(table).where(table.job_id == token.job_id))
-
-
 def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
-    """Store recorded epochs; the caller has just proved its token in the same transaction."""
+    """Store recorded epochs, in order; the caller has just proved its token in the same transaction.
+
+    They may be stored already: by an earlier attempt, or by a commit of which nobody knows whether it came through.
+    """
     if not epochs:
         return
+    again = EpochRange(epochs[0].epoch, epochs[-1].epoch)
+    for table in (EpochRow, SpectrumRow):
+        session.execute(delete(table).where(table.job_id == token.job_id, *again.holds(table.epoch)))
     session.execute(insert(EpochRow), [{"job_id": token.job_id, **_losses(epoch)} for epoch in epochs])
     rows = [
         {

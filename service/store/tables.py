@@ -6,12 +6,22 @@ Arrays are BLOBs of little-endian float64, because a NaN in a REAL column comes 
 
 from typing import Any, Literal
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
 TensorStatus = Literal["pending", "analysed", "skipped"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
+Count = BigInteger().with_variant(Integer, "sqlite")  # SQLite's integers have 64 bits anyway.
 
 
 class Base(DeclarativeBase):
@@ -27,6 +37,8 @@ class JobRow(Base):
         Index("jobs_in_line", "status", "priority", "created_at", "id"),
         Index("jobs_by_upload", "upload"),
         Index("jobs_by_parent", "parent"),
+        Index("jobs_by_turn", "turn"),
+        Index("jobs_by_submission", "submission", "turn"),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -36,16 +48,20 @@ class JobRow(Base):
     tags: Mapped[dict[str, str]] = mapped_column(JSON)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
     priority: Mapped[int] = mapped_column(Integer)
+    submission: Mapped[str] = mapped_column(String(64))  # Groups take turns: a sweep is one, the rest of an owner one.
+    turn: Mapped[int | None] = mapped_column(BigInteger)  # Grows with every claim of any job.
     status: Mapped[Status] = mapped_column(String(12))
     attempt: Mapped[int] = mapped_column(Integer)
     crashes: Mapped[int] = mapped_column(Integer)
+    suspect: Mapped[bool]  # Its worker died while it ran among others: which one did it shows when each runs alone.
     heartbeat: Mapped[int] = mapped_column(BigInteger)
     worker: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[int] = mapped_column(BigInteger)
     started_at: Mapped[int | None] = mapped_column(BigInteger)
     finished_at: Mapped[int | None] = mapped_column(BigInteger)
-    done: Mapped[int] = mapped_column(Integer)
-    total: Mapped[int] = mapped_column(Integer)
+    done: Mapped[int] = mapped_column(Count)
+    total: Mapped[int] = mapped_column(Count)
+    checkpoint: Mapped[str | None] = mapped_column(String(64))  # The file to go on from, in a folder of the job's own.
     error: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
     environment: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     revision: Mapped[int] = mapped_column(Integer)
