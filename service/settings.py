@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(
         8.0, ge=0.2, le=600, description="Seconds without a heartbeat after which a job is taken over"
     )
+    checkpoint_s: float = Field(
+        5.0, ge=0.1, le=3600, description="Seconds of training between checkpoints; more where they take long"
+    )
     max_attempts: int = Field(3, ge=1, le=100, description="Crashed attempts after which a job fails")
     job_limit_s: float = Field(86_400, gt=0, le=30 * 86_400, description="Seconds one job may run")
     job_memory: int = Field(

@@ -147,10 +147,23 @@ def stop_server(server: Server) -> int:
     return code
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let everything that goes over HTTP be tested on PostgreSQL too: minutes, for `make soak`."""
+    parser.addoption("--on-postgresql", action="store_true", help="the shared servers keep their jobs in PostgreSQL")
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_database(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What gives the shared servers their database."""
+    if not request.config.getoption("--on-postgresql"):
+        return {}
+    return {"RANKSCOPE_DATABASE_URL": request.getfixturevalue("postgres").new_database()}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, shared_database: dict[str, str]) -> Iterator[Server]:
     """One server with one worker for all tests that only use it as a client does."""
-    running = start_server(tmp_path_factory.mktemp("server") / "data")
+    running = start_server(tmp_path_factory.mktemp("server") / "data", **shared_database)
     yield running
     assert stop_server(running) == 0, running.log.read_text()
     assert "Traceback" not in running.log.read_text()

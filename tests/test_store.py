@@ -78,7 +78,7 @@ def test_writes_of_an_attempt_that_lost_its_job_are_refused(database: Database) 
     current = claim(database)
     assert (current.job_id, current.attempt) == (job, late.attempt + 1)
     for write in (
-        lambda session: store.record_progress(session, late, 1),
+        lambda session: store.record_progress(session, late, done=1),
         lambda session: store.end(session, late, "succeeded"),
     ):
         with pytest.raises(LostJob), database.write.begin() as session:
@@ -206,11 +206,11 @@ def test_a_job_goes_on_from_the_checkpoint_that_its_attempt_named_last(database:
     job = create(database)
     late = claim(database)
     with database.write.begin() as session:
-        store.record_progress(session, late, 1, checkpoint="1-1")
+        store.record_progress(session, late, done=1, checkpoint="1-1")
         store.record_crash(session, late, "killed", max_attempts=3)
     token = claim(database)
     with pytest.raises(LostJob), database.write.begin() as session:
-        store.record_progress(session, late, 2, checkpoint="1-2")
+        store.record_progress(session, late, done=2, checkpoint="1-2")
     with database.read.begin() as session:
         assert store.checkpoint_of(session, job) == "1-1"
     assert (read(database, job).done, token.attempt) == (1, 2)
@@ -272,7 +272,7 @@ def test_counts_go_beyond_32_bits(database: Database) -> None:
     job = create(database, total=2**40)
     token = claim(database)
     with database.write.begin() as session:
-        store.record_progress(session, token, 2**33)
+        store.record_progress(session, token, done=2**33)
     assert (read(database, job).done, read(database, job).total) == (2**33, 2**40)
 
 

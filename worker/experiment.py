@@ -32,7 +32,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
     trainer = Trainer([spec], device)
     initial = trainer.copy_weights()
     _keep_weights(settings, recorder, "initial", trainer)
-    checkpoints = Checkpoints(settings.data, recorder)
+    checkpoints = Checkpoints(settings, recorder)
     if (saved := checkpoints.load()) is not None:
         trainer.restore(saved)
     for snapshot in trainer.train(lambda: checkpoints.offer(trainer.checkpoint)):

@@ -55,10 +55,10 @@ class Recorder:
 
     def write(self, write: Write) -> None:
         """Store what the rest of the job builds on. Raises LostJob, Canceled."""
-        self._stop_if(self._insist(lambda session: self._proved(session, write)))
+        self._stop_if(self._insist(lambda session: self._proved(session, write, done=self._done)))
 
     def _proved(self, session: Session, write: Write | None = None, **columns: Any) -> Status:
-        status = store.record_progress(session, self.token, self._done, **columns)
+        status = store.record_progress(session, self.token, **columns)
         if write is not None:
             write(session, self.token)
         return status
@@ -111,7 +111,7 @@ class Recorder:
         self._stop_if(status)
 
     def _save_waiting(self, session: Session, **columns: Any) -> Status:
-        status = self._proved(session, **columns)
+        status = self._proved(session, done=self._done, **columns)
         self._save(session, self.token, self._waiting)
         return status
 
@@ -119,7 +119,7 @@ class Recorder:
         """Commit all that waits and finish the job, in one transaction. Raises LostJob."""
 
         def finish(session: Session) -> None:
-            self._proved(session, write)
+            self._proved(session, write, done=self._done)
             self._save(session, self.token, self._waiting)
             store.end(session, self.token, status, error)
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from service import files, store
+from service.settings import Settings
 from worker.recorder import Recorder
 
 log = logging.getLogger("worker.resume")
-INTERVAL_S = 5.0
 COST_RATIO = 20  # At most a twentieth of the time goes into checkpoints.
 NAME = re.compile(r"\d+-\d+")
 State = dict[str, NDArray[Any]]
@@ -28,11 +28,12 @@ State = dict[str, NDArray[Any]]
 class Checkpoints:
     """The checkpoints of one attempt."""
 
-    def __init__(self, data: Path, recorder: Recorder) -> None:
-        self._folder = files.checkpoint_folder(data, recorder.token.job_id)
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self._folder = files.checkpoint_folder(settings.data, recorder.token.job_id)
+        self._interval = settings.checkpoint_s
         self._recorder = recorder
         self._number = 0
-        self._last, self._pause = time.monotonic(), INTERVAL_S
+        self._last, self._pause = time.monotonic(), self._interval
 
     def load(self) -> State | None:
         """Where an earlier attempt has left off; None: at the start."""
@@ -54,7 +55,7 @@ class Checkpoints:
             except OSError as error:
                 log.warning("no checkpoint can be written: %s", error)
             self._last = time.monotonic()
-            self._pause = max(INTERVAL_S, COST_RATIO * (self._last - began))
+            self._pause = max(self._interval, COST_RATIO * (self._last - began))
         self._recorder.stop_if_draining()
 
     def _keep(self, state: State) -> None:

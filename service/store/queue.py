@@ -93,9 +93,12 @@ def held_jobs(session: Session) -> dict[Token, Lease]:
     return {Token(job_id, attempt): Lease(beat, status, worker or "") for job_id, attempt, beat, status, worker in rows}
 
 
-def record_progress(session: Session, token: Token, done: int, **columns: Any) -> Status:
-    """Say how far the job is, and set other columns; the answer tells a runner that it shall stop. Raises LostJob."""
-    values: dict[str, Any] = {"done": done, "revision": JobRow.revision + 1, **columns}
+def record_progress(session: Session, token: Token, **columns: Any) -> Status:
+    """Say how far the job is, `done`, or what else is new; the answer tells a runner that it shall stop.
+
+    Raises LostJob.
+    """
+    values: dict[str, Any] = {"revision": JobRow.revision + 1, **columns}
     status: Status | None = session.scalar(_held(token).values(values).returning(JobRow.status))
     if status is None:
         raise LostJob(f"{token} no longer holds the job")

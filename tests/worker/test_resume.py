@@ -1,7 +1,6 @@
 """Checkpoints: training that goes on in another trainer, and files that are damaged, foreign or late."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,10 +94,10 @@ def test_a_checkpoint_of_other_members_is_refused_and_changes_nothing() -> None:
     assert save(mine.checkpoint()) == before
 
 
-def attempt(database: Database, data: Path) -> tuple[Recorder, Checkpoints]:
+def attempt(database: Database, settings: Settings) -> tuple[Recorder, Checkpoints]:
     token = claim(database)
     recorder = Recorder(database, token, store.add_epochs)
-    return recorder, Checkpoints(data, recorder)
+    return recorder, Checkpoints(settings, recorder)
 
 
 def state(value: float) -> resume.State:
@@ -109,12 +108,12 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_the_older_go(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create(database)
-    recorder, checkpoints = attempt(database, settings.data)
+    recorder, checkpoints = attempt(database, settings)
     checkpoints.offer(lambda: state(1))  # It is not time yet.
     assert checkpoints.load() is None
-    monkeypatch.setattr(resume, "INTERVAL_S", 0.0)
     monkeypatch.setattr(resume, "COST_RATIO", 0)
-    checkpoints = Checkpoints(settings.data, recorder)
+    settings = settings.model_copy(update={"checkpoint_s": 0.0})
+    checkpoints = Checkpoints(settings, recorder)
     for value in (1, 2, 3):
         checkpoints.offer(lambda value=value: state(value))
     np.testing.assert_equal(checkpoints.load(), state(3))
@@ -123,11 +122,11 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_the_older_go(
 
 def test_a_worker_that_stops_leaves_a_checkpoint_and_the_job_in_line(database: Database, settings: Settings) -> None:
     job = create(database)
-    recorder, checkpoints = attempt(database, settings.data)
+    recorder, checkpoints = attempt(database, settings)
     recorder.draining = True
     with pytest.raises(Drained):
         checkpoints.offer(lambda: state(4))
-    following, checkpoints = attempt(database, settings.data)
+    following, checkpoints = attempt(database, settings)
     assert following.token == Token(job, 2)
     np.testing.assert_equal(checkpoints.load(), state(4))
 
@@ -137,26 +136,24 @@ def test_a_damaged_checkpoint_means_a_fresh_start(
     database: Database, settings: Settings, damage: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = create(database)
-    recorder, checkpoints = attempt(database, settings.data)
+    recorder, checkpoints = attempt(database, settings)
     recorder.draining = True
     with pytest.raises(Drained):
         checkpoints.offer(lambda: state(4))
     path = settings.data / "checkpoints" / job / "1-1"
     path.unlink() if damage is None else path.write_bytes(damage)
-    _, checkpoints = attempt(database, settings.data)
+    _, checkpoints = attempt(database, settings)
     assert checkpoints.load() is None
     assert "the job starts anew" in caplog.text
 
 
-def test_a_late_attempt_does_not_touch_the_files_of_the_next(
-    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resume, "INTERVAL_S", 0.0)
+def test_a_late_attempt_does_not_touch_the_files_of_the_next(database: Database, settings: Settings) -> None:
+    settings = settings.model_copy(update={"checkpoint_s": 0.0})
     create(database)
-    late, late_checkpoints = attempt(database, settings.data)
+    late, late_checkpoints = attempt(database, settings)
     with database.write.begin() as session:
         store.release(session, late.token)
-    _, checkpoints = attempt(database, settings.data)
+    _, checkpoints = attempt(database, settings)
     checkpoints.offer(lambda: state(5))
     with pytest.raises(LostJob):
         late_checkpoints.offer(lambda: state(1))
