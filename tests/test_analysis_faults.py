@@ -43,7 +43,7 @@ def test_a_killed_worker_is_followed_by_one_that_goes_on_where_it_was(tmp_path: 
     assert stop_server(server) == 0
 
 
-def test_an_api_killed_while_it_takes_an_upload_leaves_no_file_and_no_row(tmp_path: Path) -> None:
+def test_f3_an_api_killed_while_it_takes_an_upload_leaves_no_file_and_no_row(tmp_path: Path) -> None:
     """F3."""
     server = start_server(tmp_path / "data", workers=0)
     with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:

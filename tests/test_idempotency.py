@@ -164,7 +164,7 @@ def sent_again(server: Server, path: str, body: bytes, key: str) -> httpx.Respon
 
 
 @pytest.mark.parametrize("path", ["/experiments", "/analyze"])
-def test_an_api_killed_between_commit_and_answer_has_made_one_job(tmp_path: Path, path: str) -> None:
+def test_f4_an_api_killed_between_commit_and_answer_has_made_one_job(tmp_path: Path, path: str) -> None:
     """F4: the answer is being waited for, so it is committed and not sent."""
     server, key = start_server(tmp_path / "data", workers=0), str(uuid.uuid4())
     body, listed = (BODY % b"once", "/experiments") if path == "/experiments" else (FILE, "/analyses")

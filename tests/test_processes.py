@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ def job_child(server: Server, experiment_id: str) -> psutil.Process:
     return wait_for(server.job_children, "a job's process")[0]
 
 
-def test_a_killed_child_is_tried_again_and_fails_the_third_time(own_server: Server) -> None:
+def test_f2_a_killed_child_is_tried_again_and_fails_the_third_time(own_server: Server) -> None:
     posted = own_server.post(LONG)
     for attempt in (1, 2, 3):
         wait_for(lambda n=attempt: own_server.read(posted["id"])["attempt"] == n, f"attempt {attempt}")
@@ -105,24 +104,6 @@ def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tm
     assert stop_server(server) == 0
 
 
-@pytest.mark.slow
-def test_a_database_locked_for_a_while_costs_a_running_job_nothing(tmp_path: Path) -> None:
-    server = start_server(tmp_path / "data")
-    posted = server.post({"training": {"epochs": 1000}, "record": {"every": 10}})
-    server.wait(posted["id"], "running")
-    with sqlite3.connect(server.data / "rankscope.sqlite3", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
-        refused = server.client.post("/experiments", json={})  # It waits for five seconds first.
-        assert (refused.status_code, refused.json()["type"]) == (503, "/problems/database-unavailable")
-        other.execute("ROLLBACK")
-    other.close()
-    state = server.wait(posted["id"])
-    assert (state["status"], state["attempt"]) == ("succeeded", 1)
-    document = server.client.get(f"/experiments/{posted['id']}/spectrum").json()
-    assert [epoch["epoch"] for epoch in document["epochs"]] == list(range(0, 1001, 10))
-    stop_server(server)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [
@@ -149,7 +130,7 @@ def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_device_that_is_offered_but_missing_fails_the_job_in_a_fresh_process(tmp_path: Path) -> None:
+def test_f18_a_device_that_is_offered_but_missing_fails_the_job_in_a_fresh_process(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", RANKSCOPE_DEVICES="cpu,cuda:99")
     failed = server.run({"device": "cuda:99"})
     assert (failed["status"], failed["error"]["type"]) == ("failed", "device-unavailable")

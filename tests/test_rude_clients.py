@@ -230,7 +230,7 @@ def test_clients_that_go_away_leave_nothing(server: Server, memo: dict[str, str]
     assert "Traceback" not in server.log.read_text()
 
 
-def test_idle_sockets_do_not_starve_health(server: Server) -> None:  # F20
+def test_f20_idle_sockets_do_not_starve_health(server: Server) -> None:
     idle = [connect(server) for _ in range(100)]
     try:
         assert server.client.get("/healthz", headers={"connection": "close"}).is_success
@@ -240,7 +240,7 @@ def test_idle_sockets_do_not_starve_health(server: Server) -> None:  # F20
             connection.close()
 
 
-def test_a_server_without_file_handles_recovers(tmp_path: Path) -> None:  # F19
+def test_f19_a_server_without_file_handles_recovers(tmp_path: Path) -> None:
     running = start_server(tmp_path / "data", workers=0)
     running.post({})
     process = psutil.Process(running.process.pid)

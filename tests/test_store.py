@@ -42,7 +42,7 @@ def epoch(number: int, k: int = 3) -> Epoch:
     return Epoch(number, 0.5, None, 0.25, None, {"W1": (s, s / 2), "W2": (s[:2], s[:2] * 0)})
 
 
-def test_eight_threads_claim_two_hundred_jobs_each_exactly_once(database: Database) -> None:
+def test_f10_eight_threads_claim_two_hundred_jobs_each_exactly_once(database: Database) -> None:
     jobs = {create(database) for _ in range(200)}
     claimed: list[str] = []
     start = threading.Barrier(8)
@@ -70,7 +70,7 @@ def test_the_line_is_by_priority_and_then_first_in_first_out(database: Database)
     assert [claim(database).job_id for _ in range(4)] == [high, first, second, low]
 
 
-def test_writes_of_an_attempt_that_lost_its_job_are_refused(database: Database) -> None:
+def test_f11_writes_of_an_attempt_that_lost_its_job_are_refused(database: Database) -> None:
     job = create(database)
     late = claim(database)
     with database.write.begin() as session:
@@ -310,7 +310,7 @@ def test_jobs_of_others_and_of_other_kinds_are_not_found(database: Database) -> 
         assert store.list_jobs(session, "experiment", "public", Page()) == []
 
 
-def test_two_that_start_together_migrate_once(settings: Settings) -> None:
+def test_f12_two_that_start_together_migrate_once(settings: Settings) -> None:
     start, failures = threading.Barrier(4), []
 
     def open_database() -> None:

@@ -64,7 +64,7 @@ def _work(settings: Settings, database: Database, token: Token, kind: str, spec:
     except LostJob:
         raise
     except Exception as error:
-        problem = _problem(error)
+        problem = problem_of(error)
         is_unexpected = problem["type"] == JobFailed.kind
         log.error("job %s failed: %s", recorder.token.job_id, problem["type"], exc_info=is_unexpected)
         recorder.end("failed", problem)
@@ -74,7 +74,7 @@ def _unknown(_settings: Settings, recorder: Recorder, _spec: dict[str, Any]) -> 
     raise JobFailed(f"this worker is older than the service: it does not know the kind of job {recorder.token.job_id}")
 
 
-def _problem(error: Exception) -> dict[str, str]:
+def problem_of(error: Exception) -> dict[str, str]:
     """An unexpected error for the client: its kind, never its trace."""
     # torch's allocator on the CPU raises a bare RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

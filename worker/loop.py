@@ -102,6 +102,7 @@ class Supervisor:
             self._claim()
         except store.UNAVAILABLE as error:
             log.warning("the database does not answer: %s", store.reason_of(error))
+            self.leases.clear()  # Nobody could renew one.
 
     def _collect(self) -> None:
         """Take note of children that have ended; one that ended its job itself has left nothing to do."""
@@ -196,7 +197,12 @@ class Supervisor:
         return known if known is not None and known[0] == beat else (beat, now)
 
     def _take_over(self, worker: str) -> None:
+        began = time.monotonic()
         with self.database.write.begin() as session:
+            session.connection()
+            if time.monotonic() - began > self.settings.heartbeat_s:
+                self.leases.clear()  # Whatever kept us from writing may have kept the other one from it.
+                return
             tokens = store.take_over(session, worker, self.settings.max_attempts)
         for token in tokens:
             log.warning("took over %s from %s, which has gone silent", token, worker)
