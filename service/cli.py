@@ -151,6 +151,16 @@ def key(
 
 
 @app.command()
+def doctor(
+    data: Data = None, as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False
+) -> None:
+    """Tell what is wrong with this deployment and what to do about it; nothing is changed."""
+    from service.doctor import run  # noqa: PLC0415
+
+    raise typer.Exit(run(_settings(data), as_json=as_json))
+
+
+@app.command()
 def openapi() -> None:
     """Print the OpenAPI document."""
     from service.app import create_app  # noqa: PLC0415

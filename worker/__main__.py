@@ -1,6 +1,7 @@
 """`python -m worker`: run the jobs of a database until told to stop by SIGTERM or SIGINT."""
 
 import argparse
+import json
 import os
 import sys
 
@@ -15,7 +16,10 @@ def main() -> int:
     """Entry point; the answer is the exit code."""
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     parser.add_argument("--tied", action="store_true", help="stop when standard input ends, as when the parent dies")
+    parser.add_argument("--devices", action="store_true", help="print the devices found as JSON, and do nothing else")
     options = parser.parse_args()
+    if options.devices:
+        return _print_devices()
     settings = Settings()
     logs.configure(settings)
     # Before the fork server loads any BLAS: one that has started threads must not be forked.
@@ -34,6 +38,13 @@ def main() -> int:
     except AddressUnusable as error:
         sys.stderr.write(f"{error.detail}\n")
         return USAGE
+    return 0
+
+
+def _print_devices() -> int:
+    from worker.devices import found_devices  # noqa: PLC0415  (torch, which the worker itself never loads)
+
+    sys.stdout.write(json.dumps(found_devices()))
     return 0
 
 

@@ -20,6 +20,11 @@ def choose_device(wanted: str, offered: list[str]) -> str:
     return wanted
 
 
+def found_devices() -> list[str]:
+    """The devices of this machine that torch can use."""
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
 def environment(device: str) -> dict[str, Any]:
     """The device and the versions of the libraries that the numbers come from."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -5,6 +5,8 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 
 from service.store.database import UNAVAILABLE, Database, connect, migrate, reason_of
 from service.store.health import count_jobs, sizes
+from service.store.database import BUSY_S, Database, connect, journal_mode, migrate, schema
+from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
     Page,
@@ -61,6 +63,7 @@ from service.store.tensors import (
 )
 
 __all__ = [
+    "BUSY_S",
     "TERMINAL",
     "UNAVAILABLE",
     "Database",
@@ -92,6 +95,7 @@ __all__ = [
     "get_job",
     "heartbeat",
     "held_jobs",
+    "journal_mode",
     "last_epoch",
     "list_jobs",
     "list_tensors",
@@ -104,6 +108,7 @@ __all__ = [
     "over",
     "pending",
     "reason_of",
+    "quick_check",
     "record_crash",
     "record_found",
     "record_progress",
@@ -112,10 +117,13 @@ __all__ = [
     "remember",
     "remembered",
     "rename_job",
+    "schema",
     "sizes",
     "source_of",
     "spectra",
     "spectrum_of",
     "take_over",
+    "sqlite_version",
     "tensors",
+    "try_to_write",
 ]

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import DatabaseUnusable
 from service.settings import Settings
+from service.store.health import try_to_write
 
 log = logging.getLogger(__name__)
 BUSY_S = 5  # How long a caller waits for a lock, an answer or a connection of the pool before it is told.
@@ -43,10 +44,7 @@ def connect(settings: Settings) -> Database:
     SQLITE_BUSY_SNAPSHOT, which no timeout waits out.
     """
     try:
-        settings.data.mkdir(parents=True, exist_ok=True)
         engine = _engine(settings.url)
-    except OSError as error:
-        raise DatabaseUnusable(f"cannot use the data folder {str(settings.data)!r}: {error.strerror}") from error
     except (ArgumentError, ImportError, TypeError) as error:
         raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
     reading, writing = _views(engine)
@@ -108,23 +106,49 @@ def _begin(connection: Connection) -> None:
 
 
 def migrate(database: Database, settings: Settings) -> None:
-    """Bring the schema up to date, one process at a time.
+    """Make the data folder and bring the schema up to date, one process at a time.
 
     Raises DatabaseUnusable where the file is damaged, read-only, or of a newer program; it is then left as it is.
     """
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseUnusable(f"cannot use the data folder {str(settings.data)!r}: {error.strerror}") from error
+    config = _config()
+    with _refusals(database), _one_at_a_time(database, settings) as connection:
+        current, head = _versions(connection, config)
+        if current == head:
+            try_to_write(connection)
+        else:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            log.info("the database's schema was %s and is %s now", current or "empty", head)
+
+
+def schema(database: Database) -> tuple[str | None, str]:
+    """The schema's version in the database, None where it is empty, and this program's. Raises DatabaseUnusable."""
+    with _refusals(database), database.engine.connect() as connection:
+        return _versions(connection, _config())
+
+
+def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
+
+
+def _versions(connection: Connection, config: Config) -> tuple[str | None, str]:
+    current = MigrationContext.configure(connection).get_current_revision()
+    script = ScriptDirectory.from_config(config)
+    if current is not None and current not in {revision.revision for revision in script.walk_revisions()}:
+        raise DatabaseUnusable(f"the database has schema {current}, newer than this program knows")
+    return current, script.get_current_head() or ""
+
+
+@contextlib.contextmanager
+def _refusals(database: Database) -> Iterator[None]:
     try:
-        with _one_at_a_time(database, settings) as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
-            script = ScriptDirectory.from_config(config)
-            known = {revision.revision for revision in script.walk_revisions()}
-            if current is not None and current not in known:
-                raise DatabaseUnusable(f"the database has schema {current}, newer than this program knows")
-            if current != script.get_current_head():
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
-                log.info("the database's schema was %s and is %s now", current or "empty", script.get_current_head())
+        yield
     except (DBAPIError, OSError) as error:
         reason = error.orig if isinstance(error, DBAPIError) else error
         raise DatabaseUnusable(f"cannot use the database {database.engine.url!r}: {reason}") from error
