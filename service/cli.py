@@ -1,12 +1,14 @@
 """The command `rankscope`. Exit codes: 0 ok, 1 failed, 2 usage, 3 no server, 4 refused, 5 database unusable."""
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import orjson
 import typer
@@ -15,9 +17,20 @@ from pydantic import ValidationError
 from service.errors import DatabaseUnusable
 from service.settings import KEY_ENTRY, Settings, environment
 
+if TYPE_CHECKING:
+    from service.client import Client
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 USAGE, UNUSABLE = 2, 5
 Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures [default: ./data]")]
+SERVER, API_KEY = "RANKSCOPE_SERVER", "RANKSCOPE_API_KEY"
+Server = Annotated[str, typer.Option(envvar=SERVER, help="URL of the server")]
+RETRIES = 2  # Somebody waits at a terminal.
+LOCAL = "http://127.0.0.1:8000"
+Key = Annotated[str | None, typer.Option(envvar=API_KEY, help="API key, where the server wants one")]
+AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for scripts")]
+JobId = Annotated[str, typer.Argument(help="id of an experiment or analysis")]
 Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]
 
 
@@ -46,6 +59,18 @@ def _prepare(settings: Settings) -> None:
         database.engine.dispose()
     except DatabaseUnusable as error:
         raise _stop(UNUSABLE, error.detail) from error
+
+
+@contextlib.contextmanager
+def _client(server: str, key: str | None) -> Iterator["Client"]:
+    """A client of the server; what goes wrong ends the command with its exit code."""
+    from service.client import Client  # noqa: PLC0415  (pydantic's models are not for `rankscope --help`)
+    from service.console import exit_codes  # noqa: PLC0415
+
+    if not re.match("https?://[^/]", server):
+        raise _stop(USAGE, f"{server!r} is no server: write http://host:port")
+    with exit_codes(), Client(server, api_key=key, retries=RETRIES) as client:
+        yield client
 
 
 def _is_loopback(host: str) -> bool:
@@ -100,9 +125,11 @@ def demo(
 ) -> None:
     """Run the memo's experiment over HTTP and leave its pictures and reports."""
     _check_worker_extra()
+    from service.console import exit_codes  # noqa: PLC0415
     from service.demo import run  # noqa: PLC0415
 
-    raise typer.Exit(run(_settings(data), out))
+    with exit_codes():
+        run(_settings(data), out)
 
 
 @app.command()
@@ -114,16 +141,94 @@ def analyze(
     rank: Annotated[int | None, typer.Option(help="for --rule rank")] = None,
     threshold: Annotated[float | None, typer.Option(help="for --rule energy (0.99) and error (0.1)")] = None,
     fraction: Annotated[float | None, typer.Option(help="for --rule budget and global_budget (0.5)")] = None,
-    server: Annotated[str | None, typer.Option(help="URL of a server; without one, a worker on this machine")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the reports as JSON")] = False,
+    server: Annotated[
+        str | None, typer.Option(envvar=SERVER, help="URL of a server; without one, a worker on this machine")
+    ] = None,
+    key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell which layers of a weight file to factor, to what rank, at what error."""
     if server is None:
         _check_worker_extra()
-    from service.analyze import run  # noqa: PLC0415
+    from service.analyze import analyze as run  # noqa: PLC0415
+    from service.analyze import private_server  # noqa: PLC0415
 
     given = {"rule": rule, "rank": rank, "threshold": threshold, "fraction": fraction}
-    raise typer.Exit(run(_settings(None), file, given, server, as_json=as_json))
+    if server is not None:
+        with _client(server, key) as client:
+            run(client, file, given, as_json=as_json)
+        return
+    from service.console import exit_codes  # noqa: PLC0415
+
+    with exit_codes(), private_server(_settings(None), file) as client:
+        run(client, file, given, as_json=as_json)
+
+
+@app.command()
+def submit(
+    spec: Annotated[typer.FileBinaryRead, typer.Argument(help="file with the specification as JSON; - for input")],
+    wait: Annotated[bool, typer.Option("--wait", help="end when the job does, with 1 if it did not succeed")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="show every epoch, and end when the job does")] = False,
+    server: Server = LOCAL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Post an experiment."""
+    from service import commands  # noqa: PLC0415
+
+    with _client(server, key) as client:
+        commands.submit(client, spec.read(), wait=wait, follow=follow, as_json=as_json)
+
+
+@app.command()
+def ls(
+    kind: Annotated[Literal["experiment", "analysis"], typer.Option(help="what to list")] = "experiment",
+    status: Annotated[str | None, typer.Option(help="only jobs of this status")] = None,
+    tag: Annotated[str | None, typer.Option(help="only jobs with this tag: key or key:value")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
+    server: Server = LOCAL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the newest jobs."""
+    from service import commands  # noqa: PLC0415
+
+    with _client(server, key) as client:
+        commands.list_jobs(client, kind, limit, {"status": status, "tag": tag}, as_json=as_json)
+
+
+@app.command()
+def show(job_id: JobId, server: Server = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
+    """Show one job."""
+    from service import commands  # noqa: PLC0415
+
+    with _client(server, key) as client:
+        commands.show_job(client, job_id, as_json=as_json)
+
+
+@app.command()
+def cancel(job_id: JobId, server: Server = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
+    """Ask a job to stop."""
+    from service import commands  # noqa: PLC0415
+
+    with _client(server, key) as client:
+        commands.cancel(client, job_id, as_json=as_json)
+
+
+@app.command()
+def spectrum(
+    job_id: JobId,
+    out: Annotated[Path, typer.Option("-o", "--out", help="file: .png .svg .gif .npy .npz .csv .jsonl .json")],
+    layer: Annotated[str | None, typer.Option(help="one layer, or all")] = None,
+    server: Server = LOCAL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the singular values of a job to a file, drawn or as numbers."""
+    from service import commands  # noqa: PLC0415
+
+    with _client(server, key) as client:
+        commands.spectrum(client, job_id, layer, out, as_json=as_json)
 
 
 @app.command()
@@ -135,7 +240,7 @@ def migrate(data: Data = None) -> None:
 @app.command()
 def key(
     name: Annotated[str, typer.Argument(help="whose key; the name owns what is made with it")],
-    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key: give the key to its user, and the entry to RANKSCOPE_API_KEYS."""
     from service.access import fingerprint, new_key  # noqa: PLC0415
@@ -151,9 +256,7 @@ def key(
 
 
 @app.command()
-def doctor(
-    data: Data = None, as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False
-) -> None:
+def doctor(data: Data = None, as_json: AsJson = False) -> None:
     """Tell what is wrong with this deployment and what to do about it; nothing is changed."""
     from service.doctor import run  # noqa: PLC0415
 

@@ -11,36 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+import orjson
 from rich.table import Table
 
+from service.client import Client
+from service.console import check_end, follow_training, show
 from service.settings import Settings, environment
+from service.views import Experiment
 
-INTERRUPTED = 130
 START_S = 60.0
 R2_LOST = 0.01
 
 
-def run(settings: Settings, out: Path) -> int:
-    """Start a server, post the memo preset, follow it, fetch everything; the answer is the exit code."""
-    console = Console()
-    try:
-        with running_server(settings, out) as url, httpx.Client(base_url=url, timeout=60) as client:
-            wait_until_ready(client)
-            experiment = _checked(
-                client.post("/experiments", json={"preset": "memo", "name": "The memo: Y = tanh(AX)"})
-            ).json()
-            status = _follow(client, experiment, console)
-            if status["status"] != "succeeded":
-                console.print(f"the experiment {status['status']}: {status['error']}")
-                return 1
-            _fetch(client, f"/experiments/{experiment['id']}", out)
-            console.print(_summary(client, f"/experiments/{experiment['id']}"))
-            console.print(f"Figure 1 is [bold]{out / 'spectrum.gif'}[/bold]; beside it spectrum.png and the numbers.")
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+def run(settings: Settings, out: Path) -> None:
+    """Start a server, post the memo preset, follow it, fetch everything."""
+    with running_server(settings, out) as url, Client(url) as client:
+        wait_until_ready(client.http)
+        job = client.create_experiment({"preset": "memo", "name": "The memo: Y = tanh(AX)"})
+        done = follow_training(client, job)
+        check_end(done)
+        _fetch(client, done, out)
+        show(_summary(client, done), f"Figure 1 is {out / 'spectrum.gif'}; beside it spectrum.png and the numbers.")
 
 
 @contextlib.contextmanager
@@ -84,42 +75,15 @@ def wait_until_ready(client: httpx.Client) -> None:
         time.sleep(0.1)
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_error:
-        raise SystemExit(f"the server refused {response.request.url}: {response.text}")
-    return response
-
-
-def _follow(client: httpx.Client, experiment: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Show a bar with epoch, loss and entropy rank until the experiment is over; answer with its last state."""
-    path = f"/experiments/{experiment['id']}"
-    columns = (TextColumn("epoch {task.completed:>3.0f}/{task.total:.0f}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("the worker is loading torch", total=experiment["progress"]["total"])
-        last = -1
-        while True:
-            state: dict[str, Any] = _checked(client.get(path)).json()
-            query: dict[str, str | int] = {"layer": "W2", "from": last + 1}
-            for epoch in _checked(client.get(f"{path}/metrics", params=query)).json()["epochs"]:
-                last = epoch["epoch"]
-                rank = epoch["layers"][0]["entropy_rank"]
-                text = f"loss {epoch['train_loss']:.5f}   entropy rank {rank:.1f}"
-                progress.update(task, completed=last, description=text)
-            if state["status"] in {"succeeded", "failed", "canceled"}:
-                return state
-            time.sleep(0.1)
-
-
-def _fetch(client: httpx.Client, path: str, out: Path) -> None:
+def _fetch(client: Client, job: Experiment, out: Path) -> None:
     for suffix in ("gif", "png", "json"):
-        answer = _checked(client.get(f"{path}/spectrum", params={"format": suffix, "layer": "W2"}))
-        (out / f"spectrum.{suffix}").write_bytes(answer.content)
-    (out / "compression.json").write_bytes(_checked(client.get(f"{path}/compression?layer=W2&rule=all")).content)
+        (out / f"spectrum.{suffix}").write_bytes(client.spectrum_file(job, suffix, layer="W2"))
+    report = client.compression(job, layer="W2", rule="all")
+    (out / "compression.json").write_bytes(orjson.dumps(report))
 
 
-def _summary(client: httpx.Client, path: str) -> Table:
-    metrics = _checked(client.get(f"{path}/metrics", params={"layer": "W2"})).json()
-    report = _checked(client.get(f"{path}/compression", params={"layer": "W2"})).json()
+def _summary(client: Client, job: Experiment) -> Table:
+    metrics, report = client.metrics(job, layer="W2"), client.compression(job, layer="W2")
     first, last = metrics["epochs"][0], metrics["epochs"][-1]
     start, end = first["layers"][0], last["layers"][0]
     table = Table("W2", "start", "end", title="The memo's experiment")

@@ -28,6 +28,8 @@ DATA_LIMIT = 10**8
 WEIGHT_DTYPE = "float32"  # in which every network is trained and stored
 TAG_KEY = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"  # without a colon, which splits `tag=key:value`
 
+Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
+TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
 Target = Literal["tanh", "relu", "identity"]
 Activation = Literal["tanh", "relu", "sigmoid", "identity"]
 Optimizer = Literal["sgd", "adam", "adamw"]

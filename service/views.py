@@ -1,14 +1,15 @@
-"""A job's row as the JSON that clients see."""
+"""A job's row as the JSON that clients see. The client reads it by the same models, and needs no database for that."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from service.http import etag
-from service.schemas import ExperimentSpec, FactorsSpec
-from service.store import TERMINAL, JobRow, Status
+from service.schemas import TERMINAL, ExperimentSpec, FactorsSpec, Status
 from service.uploads import Format, Matricize
+
+if TYPE_CHECKING:
+    from service.store import JobRow
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -112,7 +113,7 @@ class AnalysisList(BaseModel):
     next: str | None
 
 
-def job(row: JobRow) -> dict[str, Any]:
+def job(row: "JobRow") -> dict[str, Any]:
     """The row as a Job, ready for JSON."""
     environment = row.environment or {}
     return {
@@ -131,17 +132,17 @@ def job(row: JobRow) -> dict[str, Any]:
     }
 
 
-def experiment(row: JobRow) -> dict[str, Any]:
+def experiment(row: "JobRow") -> dict[str, Any]:
     """The row as an Experiment, ready for JSON."""
     return {**job(row), "tags": row.tags, "seed": row.spec["seed"], "spec": row.spec}
 
 
-def analysis(row: JobRow) -> dict[str, Any]:
+def analysis(row: "JobRow") -> dict[str, Any]:
     """The row as an AnalysisSummary, ready for JSON."""
     return {**job(row), **{name: row.spec[name] for name in ("source", "base", "matricize")}}
 
 
-def factors(row: JobRow, manifest: dict[str, Any] | None) -> dict[str, Any]:
+def factors(row: "JobRow", manifest: dict[str, Any] | None) -> dict[str, Any]:
     """The row as Factors, ready for JSON."""
     return {**job(row), "analysis": row.parent, "request": row.spec["request"], "manifest": manifest}
 
@@ -154,11 +155,13 @@ def timestamp(microseconds: int | None) -> str | None:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def validators(row: JobRow, *parts: object) -> dict[str, str]:
+def validators(row: "JobRow", *parts: object) -> dict[str, str]:
     """ETag and caching of a view of what a job has recorded; `parts` are what the view depends on besides the job.
 
     Computed without reading the recording, which can only grow while the job is not over.
     """
+    from service.http import etag  # noqa: PLC0415  (FastAPI, which a client does without)
+
     over = row.status in TERMINAL
     return {
         "etag": etag(row.id, row.attempt, row.status, *parts),

@@ -20,7 +20,7 @@ def modules_after(statement: str) -> set[str]:
     [
         ("import service.app; service.app.create_app()", ("worker", *HEAVY)),
         ("import service.cli, service.serving, service.demo, service.analyze", ("worker", *HEAVY)),
-        ("import service.client", ("worker", "service.app", *HEAVY)),
+        ("import service.client", ("worker", "fastapi", "sqlalchemy", *HEAVY)),
         ("import service.uploads", ("worker", "numpy", "fastapi", "pydantic", "sqlalchemy", *HEAVY)),
         ("import service.lowrank", ("worker", "service.store", "sqlalchemy", "fastapi", "pydantic", *HEAVY)),
         ("import service.render", ("worker", "service.store", "sqlalchemy", "matplotlib.pyplot", "torch")),

@@ -10,13 +10,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
 
-from tests.conftest import Server, free_port
+from service.access import fingerprint
+from service.cli import app
+from tests.conftest import Server, free_port, start_server, stop_server
 
 
 def rankscope(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "service.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def run(*arguments: str, **options: Any) -> Result:
+    """The same in this process, which has loaded everything already; an unexpected error is raised."""
+    result = CliRunner().invoke(app, arguments, **options)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +76,69 @@ def test_analyze_tells_by_its_exit_code_what_went_wrong(server: Server, model: P
         assert done.returncode == code, done.stderr
         assert words in " ".join(done.stderr.split())
         assert "Traceback" not in done.stderr
+
+
+def test_a_specification_is_submitted_followed_listed_shown_and_drawn(server: Server, tmp_path: Path) -> None:
+    at = ("--server", str(server.client.base_url))
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"name": "[bold]by hand", "tags": {"cli": "yes"}, "training": {"epochs": 3}}')
+    followed = run("submit", str(spec), "--follow", *at)
+    assert followed.exit_code == 0, followed.stderr
+    assert "entropy rank of W2" in followed.stderr
+    job_id, status = followed.stdout.split()
+    assert status == "succeeded"
+    assert "[bold]by hand" in run("ls", "--tag", "cli:yes", *at).stdout
+    shown = run("show", job_id, *at).stdout
+    assert job_id in shown
+    assert "3 of 3" in shown
+    drawn = run("spectrum", job_id, "-o", str(tmp_path / "x.gif"), *at)
+    assert drawn.exit_code == 0, drawn.stderr
+    assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_every_command_has_json_for_scripts(server: Server, tmp_path: Path) -> None:
+    at = ("--json", "--server", str(server.client.base_url))
+    spec = '{"tags": {"json": "yes"}, "training": {"epochs": 2}}'
+    lines = run("submit", "-", "--follow", *at, input=spec).stdout.splitlines()
+    assert [json.loads(line)["epoch"] for line in lines[:-1]] == [0, 1, 2]
+    job = json.loads(lines[-1])
+    assert [one["id"] for one in json.loads(run("ls", "--tag=json", *at).stdout)] == [job["id"]]
+    assert json.loads(run("show", job["id"], *at).stdout) == job
+    assert json.loads(run("cancel", job["id"], *at).stdout)["status"] == "succeeded"
+    out = tmp_path / "x.npy"
+    written = json.loads(run("spectrum", job["id"], "-o", str(out), *at).stdout)
+    assert written == {"file": str(out), "format": "npy", "bytes": out.stat().st_size}
+
+
+def test_commands_tell_by_their_exit_code_what_went_wrong(server: Server, tmp_path: Path) -> None:
+    url, nobody = str(server.client.base_url), f"http://127.0.0.1:{free_port()}"
+    diverging = (
+        '{"training": {"lr": 1e300, "epochs": 9}, "network": {"activation": "relu"}, "data": {"target": "relu"}}'
+    )
+    for arguments, text, code, words in (
+        (("submit", "-", "--wait", "--server", url), diverging, 1, "(diverged)"),
+        (("submit", "-", "--server", url), "{no json", 2, "not JSON"),
+        (("submit", "-", "--server", "localhost:8000"), "{}", 2, "http://host:port"),
+        (("spectrum", "x", "-o", "x.jpg", "--server", url), "", 2, "gif"),
+        (("ls", "--server", nobody), "", 3, "no server"),
+        (("submit", "-", "--server", url), '{"training": {"epochs": 0}}', 4, "/training/epochs"),
+        (("show", "nothing", "--server", url), "", 4, "nothing"),
+    ):
+        done = run(*arguments, input=text)
+        assert done.exit_code == code, done.stderr
+        assert words in " ".join(done.stderr.split())
+
+
+def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, model: Path) -> None:
+    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_API_KEYS=f"alice:{fingerprint('secret')}")
+    url = str(server.client.base_url)
+    assert run("ls", "--server", url).exit_code == 4
+    assert run("ls", "--server", url, "--key", "secret").exit_code == 0
+    given = {"RANKSCOPE_API_KEY": "secret", "RANKSCOPE_SERVER": url}
+    assert run("submit", "-", input="{}", env=given).stdout.split()[1] == "queued"
+    refused = run("analyze", str(model), "--server", url, "--key", "other")
+    assert (refused.exit_code, "key" in refused.stderr) == (4, True)
+    stop_server(server)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from service.client.calls import Call, J, M, Page, Value
 from service.client.errors import Refused, Unreachable, refusal
 from service.client.events import Event, Following
 from service.client.retries import policy
-from service.store import TERMINAL
+from service.schemas import TERMINAL
 from service.views import AnalysisSummary, Experiment, Job
 
 P = ParamSpec("P")
@@ -139,12 +139,19 @@ class Client:
         """The job as it is now."""
         return self.send(calls.refresh(job))
 
+    def watch(self, job: Job, timeout_s: float | None = None) -> Iterator[Job]:
+        """How far the job is, each time it is looked at, until it is over. Raises TimeoutError."""
+        for pause in _pauses(timeout_s, job):
+            state = self.send(calls.look(job))
+            yield state
+            if state.status in TERMINAL:
+                return
+            time.sleep(pause)
+
     def wait(self, job: J, timeout_s: float | None = None) -> J:
         """The job once it is over, however it ended. Raises TimeoutError."""
-        for pause in _pauses(timeout_s, job):
-            if self.send(calls.look(job)).status in TERMINAL:
-                break
-            time.sleep(pause)
+        for _ in self.watch(job, timeout_s):
+            continue
         return self.refresh(job)
 
     def experiments(self, **query: Value) -> Iterator[Experiment]:
@@ -248,12 +255,19 @@ class AsyncClient:
         """The job as it is now."""
         return await self.send(calls.refresh(job))
 
+    async def watch(self, job: Job, timeout_s: float | None = None) -> AsyncIterator[Job]:
+        """How far the job is, each time it is looked at, until it is over. Raises TimeoutError."""
+        for pause in _pauses(timeout_s, job):
+            state = await self.send(calls.look(job))
+            yield state
+            if state.status in TERMINAL:
+                return
+            await asyncio.sleep(pause)
+
     async def wait(self, job: J, timeout_s: float | None = None) -> J:
         """The job once it is over, however it ended. Raises TimeoutError."""
-        for pause in _pauses(timeout_s, job):
-            if (await self.send(calls.look(job))).status in TERMINAL:
-                break
-            await asyncio.sleep(pause)
+        async for _ in self.watch(job, timeout_s):
+            continue
         return await self.refresh(job)
 
     def experiments(self, **query: Value) -> AsyncIterator[Experiment]:

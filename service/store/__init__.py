@@ -5,6 +5,7 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 
 from service.store.database import UNAVAILABLE, Database, connect, migrate, reason_of
 from service.store.health import count_jobs, sizes
+from service.schemas import TERMINAL, Status
 from service.store.database import BUSY_S, Database, connect, journal_mode, migrate, schema
 from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
 from service.store.idempotency import remember, remembered
@@ -47,7 +48,7 @@ from service.store.recordings import (
     recorded_epochs,
     spectra,
 )
-from service.store.tables import TERMINAL, JobRow, Status, TensorRow
+from service.store.tables import JobRow, TensorRow
 from service.store.tensors import (
     Found,
     add_manifest,

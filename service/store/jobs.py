@@ -10,7 +10,8 @@ from sqlalchemy import Select, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidState, NotFound, QueueFull
-from service.store.tables import TERMINAL, JobRow, Status
+from service.schemas import TERMINAL, Status
+from service.store.tables import JobRow
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 

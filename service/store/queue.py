@@ -11,8 +11,9 @@ from sqlalchemy import Select, Update, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from service.errors import LostJob
+from service.schemas import TERMINAL, Status
 from service.store.jobs import now
-from service.store.tables import TERMINAL, JobRow, Status
+from service.store.tables import JobRow
 
 HELD: tuple[Status, ...] = ("running", "canceling")
 

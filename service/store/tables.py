@@ -6,21 +6,12 @@ Arrays are BLOBs of little-endian float64, because a NaN in a REAL column comes 
 
 from typing import Any, Literal
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    String,
-    Text,
-)
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
+from service.schemas import Status
+
 TensorStatus = Literal["pending", "analysed", "skipped"]
-TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
 Count = BigInteger().with_variant(Integer, "sqlite")  # SQLite's integers have 64 bits anyway.
 
 

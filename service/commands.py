@@ -1,0 +1,113 @@
+"""The commands that talk to a running server: submit, ls, show, cancel, spectrum."""
+
+import itertools
+from pathlib import Path
+
+import orjson
+from rich.table import Table
+from rich.text import Text
+
+from service.client import Client, NotFound
+from service.client.calls import Json
+from service.console import USAGE, check_end, epochs, follow_training, show, show_json, stop
+from service.views import Analysis, Experiment, Job
+
+SUFFIXES = ("png", "svg", "gif", "npy", "npz", "csv", "jsonl", "json")
+PAGE = 100
+COLOURS = {"succeeded": "green", "failed": "red", "canceled": "yellow", "running": "cyan", "canceling": "yellow"}
+
+
+def submit(client: Client, text: bytes, *, wait: bool, follow: bool, as_json: bool) -> None:
+    """Post a specification; with `wait` or `follow`, end as the job does."""
+    job = client.create_experiment(_spec(text))
+    if follow and as_json:
+        for epoch in epochs(client, job):
+            show_json(epoch, indented=False)
+    elif follow:
+        job = follow_training(client, job)
+    job = client.wait(job) if wait or follow else job
+    if as_json:
+        show_json(job, indented=not follow)
+    else:
+        show(f"{job.id} {job.status}")
+    if wait or follow:
+        check_end(job)
+
+
+def _spec(text: bytes) -> Json:
+    try:
+        spec = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise stop(USAGE, f"the specification is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise stop(USAGE, "the specification must be a JSON object")
+    return spec
+
+
+def list_jobs(client: Client, kind: str, limit: int, query: dict[str, str | None], *, as_json: bool) -> None:
+    """The newest jobs of a kind."""
+    given = {name: value for name, value in query.items() if value is not None}
+    listed = client.experiments if kind == "experiment" else client.analyses
+    jobs: list[Job] = list(itertools.islice(listed(limit=min(limit, PAGE), **given), limit))
+    if as_json:
+        show_json(jobs)
+        return
+    table = Table("id", "status", "done", "name", "created")
+    for job in jobs:
+        done = f"{job.progress.done / job.progress.total:.0%}" if job.progress.total else ""
+        created = job.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(job.id, _status(job), done, Text(job.name or ""), created)
+    show(table)
+
+
+def _status(job: Job) -> Text:
+    return Text(job.status, COLOURS.get(job.status, ""))
+
+
+def find(client: Client, job_id: str) -> Experiment | Analysis:
+    """The experiment or analysis of that id. Raises NotFound."""
+    try:
+        return client.experiment(job_id)
+    except NotFound:
+        return client.analysis(job_id)
+
+
+def show_job(client: Client, job_id: str, *, as_json: bool) -> None:
+    """One job, whatever its kind."""
+    job = find(client, job_id)
+    if as_json:
+        show_json(job)
+        return
+    table = Table(show_header=False)
+    for name in ("object", "id", "name", "status", "attempt", "device", "created_at", "started_at", "finished_at"):
+        table.add_row(name, Text(str(getattr(job, name) or "")))
+    table.add_row("progress", f"{job.progress.done} of {job.progress.total}")
+    if job.error is not None:
+        table.add_row("error", Text(f"{job.error.title}: {job.error.detail} ({job.error.type})"))
+    found = job.spec.model_dump(mode="json") if isinstance(job, Experiment) else job.totals
+    for name, value in found.items():
+        table.add_row(name, Text(orjson.dumps(value).decode()))
+    show(table)
+
+
+def cancel(client: Client, job_id: str, *, as_json: bool) -> None:
+    """Ask a job to stop."""
+    job = client.cancel(find(client, job_id))
+    if as_json:
+        show_json(job)
+    else:
+        show(f"{job.id} {job.status}")
+
+
+def spectrum(client: Client, job_id: str, layer: str | None, out: Path, *, as_json: bool) -> None:
+    """Write the singular values of a job to a file, in the format that its name ends with."""
+    suffix = out.suffix[1:].lower()
+    if suffix not in SUFFIXES:
+        raise stop(USAGE, f"{out.name}: the name must end with one of {', '.join(SUFFIXES)}")
+    content = client.spectrum_file(find(client, job_id), suffix, layer=layer)
+    try:
+        out.write_bytes(content)
+    except OSError as error:
+        raise stop(USAGE, f"cannot write {out}: {error.strerror}") from error
+    if as_json:
+        show_json({"file": str(out), "format": suffix, "bytes": len(content)})
