@@ -246,7 +246,7 @@ def stream_that_breaks() -> Iterator[tuple[str, list[str | None]]]:
         return StreamingResponse(chunks(int(asked[-1] or 0), len(asked)), media_type="text/event-stream")
 
     async def chunks(after: int, turn: int) -> AsyncIterator[str]:
-        yield ": a comment keeps the connection alive\n\n"
+        yield ": a comment keeps the connection alive\nretry: 1000\n\n"
         for number, (name, data) in list(enumerate(SENT, 1))[after:]:
             yield f"id: {number}\nevent: {name}\ndata: {str(data).replace(chr(39), chr(34))}\n\n"
             if turn == 1 and number == 2:

@@ -47,12 +47,12 @@ class Following:
 
     def take(self, sent: ServerSentEvent) -> Event | None:
         """The event that was sent; None for what only concerns the stream."""
-        self.failures = 0
         self._remember(sent.id)
-        if sent.event == RETURNING:
+        if not sent.data or sent.event == RETURNING:  # One without data only sets the id, or the time to wait.
             return None
+        self.failures = 0
         self.over = sent.event == LAST
-        return Event(sent.id, sent.event, orjson.loads(sent.data) if sent.data else {})
+        return Event(sent.id, sent.event, orjson.loads(sent.data))
 
     def check(self, answer: httpx.Response) -> None:
         """Raise Refused or Unreachable where the answer, read if it is an error, is no stream."""
