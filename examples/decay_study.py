@@ -1,12 +1,13 @@
 """A service of somebody else's: how much weight decay does it take until a layer can be cut? rankscope does the work.
 
-    RANKSCOPE_SERVER=http://127.0.0.1:8000 uvicorn --factory examples.decay_study:create_app --port 8001
+    STUDY_SERVER=http://127.0.0.1:8000 uvicorn --factory examples.decay_study:create_app --port 8001
     curl --json '{"name": "first", "weight_decays": [0, 0.005, 0.02]}' localhost:8001/studies
     curl localhost:8001/studies/first
 
 A study is one experiment for each weight decay, with the study's name as a tag: rankscope remembers, this service does
 not. It learns that an experiment is over by webhook where STUDY_PUBLIC_URL and STUDY_WEBHOOK_SECRET are set, and waits
-for it otherwise. What a webhook says is only a reason to look: the numbers come from rankscope itself.
+for it otherwise. What a webhook says is only a reason to look: the numbers come from rankscope itself. The API key is
+RANKSCOPE_API_KEY.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="STUDY_")
 
-    server: str = Field("http://127.0.0.1:8000", validation_alias="RANKSCOPE_SERVER")
+    server: str = "http://127.0.0.1:8000"
     public_url: str = ""
     webhook_secret: str = ""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpcore  # noqa: F401  (httpx loads it for its first client, and Ctrl-C in the midst of loading may get lost)
 import httpx
 import orjson
 from rich.table import Table

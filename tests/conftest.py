@@ -1,10 +1,12 @@
 """Real parts for the tests: a server on a port with its worker, databases in files, finished experiments."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
 
 from service import store
 from service.settings import Settings
@@ -218,3 +221,17 @@ def database(settings: Settings) -> Iterator[Database]:
     store.migrate(database, settings)
     yield database
     database.engine.dispose()
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """An ASGI application on a port, in a thread of this process; its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started, "the application to listen")
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

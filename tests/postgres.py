@@ -61,9 +61,11 @@ def running(port: int) -> Iterator[Postgres]:
         if os.geteuid() == 0:
             shutil.chown(name, "postgres")
         _run("initdb", "-D", str(folder), "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
-        options = f"-p {port} -k {name} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+        options = f"port = {port}\nunix_socket_directories = '{name}'\nlisten_addresses = '127.0.0.1'\n"
+        with (folder / "postgresql.conf").open("a") as settings:
+            settings.write(f"{options}fsync = off\nmax_connections = 200\n")
         server = Postgres(folder, port)
-        server.control("-o", options, "start")
+        server.control("start")
         try:
             yield server
         finally:

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -36,7 +35,7 @@ from service.client import (
 from service.client.errors import BY_STATUS, refusal
 from service.problems import BY_SLUG
 from service.store import TERMINAL
-from tests.conftest import Server, free_port, start_server, stop_server, wait_for
+from tests.conftest import Server, serving, start_server, stop_server
 
 QUICK = {"training": {"epochs": 2}}
 
@@ -53,7 +52,7 @@ def url_of(server: Server) -> str:
 
 def test_an_experiment_from_its_post_to_its_pictures(client: Client, tmp_path: Path) -> None:
     job = client.create_experiment({**QUICK, "name": "by the client"})
-    done = client.wait(job, timeout_s=60)
+    done = client.wait(job, timeout_s=300)
     assert (done.id, done.status, done.spec.training.epochs) == (job.id, "succeeded", 2)
     assert client.label_experiment(done, {"tags": {"kept": "yes"}}).tags == {"kept": "yes"}
     assert [one["epoch"] for one in client.metrics(done, from_=1, layer="W2")["epochs"]] == [1, 2]
@@ -256,15 +255,9 @@ def stream_that_breaks() -> Iterator[tuple[str, list[str | None]]]:
                 yield "event: shutdown\ndata: {}\n\n"
                 return
 
-    port = free_port()
     app = Starlette(routes=[Route("/experiments/{id}/events", events)])
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    wait_for(lambda: running.started, "the stream's server")
-    yield f"http://127.0.0.1:{port}", asked
-    running.should_exit = True
-    thread.join()
+    with serving(app) as url:
+        yield url, asked
 
 
 def expected() -> list[Event]:

@@ -21,7 +21,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - of this test a
 def example(server: Server) -> Iterator[httpx.Client]:
     """The example on a port."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    given = {"RANKSCOPE_SERVER": str(server.client.base_url), "STUDY_WEBHOOK_SECRET": SECRET}
+    given = {"STUDY_SERVER": str(server.client.base_url), "STUDY_WEBHOOK_SECRET": SECRET}
     command = [sys.executable, "-m", "uvicorn", "--factory", "examples.decay_study:create_app", f"--port={port}"]
     process = subprocess.Popen(command, env={**os.environ, **given}, stderr=subprocess.PIPE, text=True)
     with httpx.Client(base_url=url, timeout=60) as client:
