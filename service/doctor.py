@@ -223,7 +223,7 @@ def _nobody_works(waiting: int, silent: int, seconds: float) -> Finding:
 
 def _held(database: Database) -> dict[store.Token, int]:
     with database.read.begin() as session:
-        return {token: beat for token, (beat, _) in store.held_jobs(session).items()}
+        return {token: lease.beat for token, lease in store.held_jobs(session).items()}
 
 
 def _waiting(database: Database) -> int:

@@ -3,10 +3,8 @@
 Whoever calls a verb owns the transaction: `with database.write.begin() as session: store.create_job(session, …)`.
 """
 
-from service.store.database import UNAVAILABLE, Database, connect, migrate, reason_of
-from service.store.health import count_jobs, sizes
 from service.schemas import TERMINAL, Status
-from service.store.database import BUSY_S, Database, connect, journal_mode, migrate, schema
+from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
 from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
@@ -108,8 +106,8 @@ __all__ = [
     "outcome",
     "over",
     "pending",
-    "reason_of",
     "quick_check",
+    "reason_of",
     "record_crash",
     "record_found",
     "record_progress",
@@ -123,8 +121,8 @@ __all__ = [
     "source_of",
     "spectra",
     "spectrum_of",
-    "take_over",
     "sqlite_version",
+    "take_over",
     "tensors",
     "try_to_write",
 ]
