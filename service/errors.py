@@ -29,6 +29,8 @@ RankscopeError
 ├── TorchDisabled            the operator has not allowed .pt files
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
 ├── AddressUnusable          at start: a worker's metrics cannot be shown where the settings say
+├── EngineUnusable           at start: jobs cannot run where the settings say
+├── ClusterLost              the Ray cluster does not answer
 ├── LostJob                  another attempt owns the job: stop writing
 └── JobFailed                ends a job as `failed`, with a type clients can match
     ├── DeviceUnavailable
@@ -175,6 +177,14 @@ class DatabaseUnusable(RankscopeError):
 
 class AddressUnusable(RankscopeError):
     """Metrics cannot be shown at this address: taken by another process, or not ours."""
+
+
+class EngineUnusable(RankscopeError):
+    """Jobs cannot run where the settings say: something is not installed, or not shared by all machines."""
+
+
+class ClusterLost(RankscopeError):
+    """The Ray cluster cannot be reached, or has stopped answering."""
 
 
 class LostJob(RankscopeError):

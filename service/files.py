@@ -1,7 +1,7 @@
 """The data folder: weights, uploads, factors and cached pictures; every file appears whole or not at all.
 
 data/
-├── rankscope.sqlite3
+├── rankscope.sqlite3, or mark: which folder this is
 ├── weights/<experiment>/<attempt>-initial.safetensors, <attempt>-final.safetensors
 ├── uploads/<analysis>/file, base
 ├── checkpoints/<job>/<attempt>-<number>
@@ -12,6 +12,7 @@ data/
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -63,6 +64,16 @@ def factors_path(data: Path, job_id: str, attempt: int, file_format: str) -> Pat
 def picture_path(data: Path, job_id: str, key: str, suffix: str) -> Path:
     """Where a drawn picture is kept; the key names everything that determines its bytes."""
     return data / "pictures" / job_id / f"{key}.{suffix}"
+
+
+def mark(data: Path) -> str:
+    """A text that only this folder holds, written by the first who asks: who reads the same sees the same folder."""
+    path = data / "mark"
+    with contextlib.suppress(FileExistsError), nameless(data) as file:
+        file.write(secrets.token_hex(16).encode())
+        settle(file)
+        keep(file, path)
+    return path.read_text()
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from service.uploads import Limits, Matricize
 
 MIB, GIB = 1 << 20, 1 << 30
 KEY_ENTRY = r"[a-z0-9][a-z0-9_-]{0,63}:[0-9a-f]{64}"
+ADDRESS = r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Metrics = Literal["on", "open", "off"]
+Engine = Literal["local", "ray"]
 
 
 class Settings(BaseSettings):
@@ -42,6 +44,12 @@ class Settings(BaseSettings):
         False, description="Serve on addresses other than loopback although anyone who reaches them may call"
     )
     devices: str = Field("cpu", description="Devices the workers offer, comma separated: cpu, cuda:0, …")
+    engine: Engine = Field(
+        "local", description="Where jobs run: local, on the worker's machine; ray, on the machines of a Ray cluster"
+    )
+    ray_address: str = Field(
+        "auto", description="Ray's head as host:port; auto: the cluster that the worker's machine belongs to"
+    )
     threads: int = Field(1, ge=1, le=256, description="BLAS threads of one job")
     jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time")
     poll_s: float = Field(0.1, ge=0.01, le=10, description="Seconds between a worker's looks at the queue")
@@ -108,9 +116,25 @@ class Settings(BaseSettings):
     @field_validator("worker_metrics")
     @classmethod
     def _address_is_one(cls, value: str) -> str:
-        if value and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", value):
+        if value and not re.fullmatch(ADDRESS, value):
             raise ValueError("write host:port, such as 127.0.0.1:9100, or port 0 for any free one")
         return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _head_is_one(cls, value: str) -> str:
+        if value != "auto" and not re.fullmatch(ADDRESS, value):
+            raise ValueError("write host:port of the head, such as 10.0.0.1:6379, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _ray_finds_what_it_needs(self) -> Self:
+        if self.engine == "ray" and not self.url.startswith("postgresql"):
+            raise ValueError("RANKSCOPE_ENGINE=ray needs PostgreSQL, which machines can share: RANKSCOPE_DATABASE_URL")
+        if self.engine == "ray" and not {*self.device_names} <= {"cpu", "cuda:0"}:
+            # Ray gives each job one GPU and hides all others from it.
+            raise ValueError("RANKSCOPE_ENGINE=ray numbers no GPUs: RANKSCOPE_DEVICES is cpu, cuda:0 or both")
+        return self
 
     @model_validator(mode="after")
     def _a_lease_outlasts_heartbeats(self) -> Self:

@@ -2,14 +2,19 @@
 
 import argparse
 import json
-import os
 import sys
 
 from service import logs
-from service.errors import AddressUnusable, DatabaseUnusable
+from service.errors import AddressUnusable, ClusterLost, DatabaseUnusable, EngineUnusable, RankscopeError
 from service.settings import Settings
+from worker.allocation import prepare_environment
 
-USAGE, DATABASE_UNUSABLE = 2, 5
+EXIT_CODES: dict[type[RankscopeError], int] = {
+    AddressUnusable: 2,
+    EngineUnusable: 2,
+    ClusterLost: 3,
+    DatabaseUnusable: 5,
+}
 
 
 def main() -> int:
@@ -22,22 +27,14 @@ def main() -> int:
         return _print_devices()
     settings = Settings()
     logs.configure(settings)
-    # Before the fork server loads any BLAS: one that has started threads must not be forked.
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"
-    # Large matrices go back to the system when they are freed. By default the allocator learns to keep them: 25 MB more
-    # for a job that reads one layer of a language model after another.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
+    prepare_environment()
     from worker.loop import Supervisor  # noqa: PLC0415  (numpy reads the variables when it is loaded)
 
     try:
         Supervisor(settings, tied=options.tied).run()
-    except DatabaseUnusable as error:
+    except tuple(EXIT_CODES) as error:
         sys.stderr.write(f"{error.detail}\n")
-        return DATABASE_UNUSABLE
-    except AddressUnusable as error:
-        sys.stderr.write(f"{error.detail}\n")
-        return USAGE
+        return EXIT_CODES[type(error)]
     return 0
 
 

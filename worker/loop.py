@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from types import FrameType
 
 from service import files, logs, store
@@ -34,7 +33,7 @@ TITLES = {"timed-out": "The job took too long", "out-of-memory": "Out of memory"
 class Running:
     """A child and the job it has."""
 
-    process: BaseProcess
+    process: engines.Job
     started: float
     suspect: bool  # It may have killed a worker before: nothing else runs beside it.
     oom_kills: int  # How many there had been when it started.
@@ -47,6 +46,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, *, tied: bool = False) -> None:
         self.settings = settings
+        self.engine = engines.engine_of(settings)
         self.database = store.connect(settings)
         self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self.running: dict[Token, Running] = {}
@@ -65,10 +65,13 @@ class Supervisor:
         logs.bind(worker=self.name)
         self._listen_to_signals()
         store.migrate(self.database, self.settings)
-        engines.warm_up()
-        with self.metrics.shown(self.settings):
-            self._loop()
-        self._give_back()
+        self.engine.open()
+        try:
+            with self.metrics.shown(self.settings):
+                self._loop()
+        finally:
+            self._give_back()
+            self.engine.close()
         log.info("the worker has stopped")
 
     def _loop(self) -> None:
@@ -113,6 +116,9 @@ class Supervisor:
             if exit_code == -signal.SIGXCPU:
                 # A limit that the job had set itself: it would pass it again.
                 self._fail(token, "timed-out", "it used more CPU time than reading its file may take")
+            elif exit_code == engines.NOT_RUN:
+                with self.database.write.begin() as session:
+                    store.release(session, token)
             elif exit_code == -signal.SIGKILL and count_oom_kills() > job.oom_kills:
                 detail = f"the kernel ended the job for want of memory; it had {job.peak} bytes when last looked at"
                 self._fail(token, "out-of-memory", detail)
@@ -209,17 +215,19 @@ class Supervisor:
             self._tidy(token)
 
     def _claim(self) -> None:
-        while len(self.running) < self.settings.jobs and not any(job.suspect for job in self.running.values()):
+        while (room := self.engine.room([job.process for job in self.running.values()])) != "none":
+            if any(job.suspect for job in self.running.values()):
+                return
             with self.database.read.begin() as session:
-                if not store.anything_queued(session):
+                if not store.anything_queued(session, cpu_only=room == "cpu"):
                     return
             with self.database.write.begin() as session:
-                row = store.claim_next(session, self.name, alone=not self.running)
+                row = store.claim_next(session, self.name, alone=not self.running, cpu_only=room == "cpu")
             if row is None:
                 return
             token = Token(row.id, row.attempt)
             log.info("starting %s %s, attempt %d", row.kind, row.id, row.attempt)
-            process = engines.start(self.settings, token, row.kind, row.spec)
+            process = self.engine.start(token, row.kind, row.spec)
             self.running[token] = Running(process, time.monotonic(), row.suspect, count_oom_kills())
 
     def _give_back(self) -> None:

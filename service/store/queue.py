@@ -35,25 +35,28 @@ class Lease:
     worker: str
 
 
-def _next_in_line() -> Select[str]:
+def _next_in_line(*, cpu_only: bool) -> Select[str]:
     """By priority; within one the groups of submissions take turns, and within a group it is first in, first out."""
     other = aliased(JobRow)
     last_turn = select(func.coalesce(func.max(other.turn), 0)).where(other.submission == JobRow.submission)
     line = (JobRow.priority.desc(), last_turn.scalar_subquery(), JobRow.created_at, JobRow.id)
-    return select(JobRow.id).where(JobRow.status == "queued").order_by(*line).limit(1)
+    query = select(JobRow.id).where(JobRow.status == "queued").order_by(*line).limit(1)
+    return query.where(JobRow.spec["device"].as_string() == "cpu") if cpu_only else query
 
 
-def anything_queued(session: Session) -> bool:
+def anything_queued(session: Session, *, cpu_only: bool = False) -> bool:
     """Whether a claim may succeed: a read, so that idle workers take no write lock."""
-    return session.scalar(select(JobRow.id).where(JobRow.status == "queued").limit(1)) is not None
+    query = select(JobRow.id).where(JobRow.status == "queued").limit(1)
+    query = query.where(JobRow.spec["device"].as_string() == "cpu") if cpu_only else query
+    return session.scalar(query) is not None
 
 
-def claim_next(session: Session, worker: str, *, alone: bool = True) -> JobRow | None:
-    """Take the next job in line: exactly one of many callers gets it.
+def claim_next(session: Session, worker: str, *, alone: bool = True, cpu_only: bool = False) -> JobRow | None:
+    """Take the next job in line, or the next that asks for the CPU: exactly one of many callers gets it.
 
     A suspect is only for a worker that runs nothing else, `alone`; others leave it at the head of the line.
     """
-    chosen = _next_in_line().with_for_update(skip_locked=True, of=JobRow).scalar_subquery()
+    chosen = _next_in_line(cpu_only=cpu_only).with_for_update(skip_locked=True, of=JobRow).scalar_subquery()
     turns = aliased(JobRow)
     claim = (
         update(JobRow)

@@ -1,0 +1,105 @@
+"""A Ray cluster whose nodes are processes of this machine, each with a loopback address of its own."""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import free_port, wait_for
+
+ADDRESSES = (f"127.0.0.{n}" for n in itertools.count(2))
+QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # A node leaves so long after its head; by default a minute.
+
+
+class Node:
+    """A running `ray start --block`, and all that it started."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command, "--object-store-memory=80000000", *arguments],
+                stdout=output, stderr=output, stdin=subprocess.DEVNULL, env={**os.environ, **QUICK},
+            )  # fmt: skip
+
+    def family(self) -> list[psutil.Process]:
+        """All its processes."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [*(own := psutil.Process(self.process.pid)).children(recursive=True), own]
+        return []
+
+    def job_processes(self) -> list[psutil.Process]:
+        """The processes that run jobs: children of the fork servers of Ray's workers."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                if "forkserver" in " ".join(process.cmdline()):
+                    found += process.children()
+        return found
+
+    def kill(self) -> None:
+        """What a machine does that loses its power."""
+        everyone = self.family()
+        for process in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(everyone, timeout=10)
+        self.process.wait()
+
+
+class Cluster:
+    """One head without CPUs, and nodes with what they are given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.nodes: list[Node] = []
+        self.start_head()
+
+    @property
+    def address(self) -> str:
+        """Where the head is."""
+        return f"127.0.0.1:{self.port}"
+
+    def start_head(self) -> None:
+        """Start the head, the first or another one in its place."""
+        given = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
+        self.head = Node(self.folder / "head.log", *given, f"--temp-dir={self.folder}")
+
+        def listens() -> bool:
+            assert self.head.process.poll() is None, (self.folder / "head.log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return True
+            return False
+
+        wait_for(listens, "Ray's head")
+
+    def add_node(self, cpus: int = 1, gpus: int = 0) -> Node:
+        """Start a node; the cluster has it a few seconds later."""
+        given = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
+        node = Node(self.folder / "nodes.log", *given, f"--node-ip-address={next(ADDRESSES)}")
+        self.nodes.append(node)
+        return node
+
+    def stop(self) -> None:
+        """End every process."""
+        for node in [*self.nodes, self.head]:
+            node.kill()
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A cluster that has a head; its folder's path is short, since it is that of sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as name:
+        running = Cluster(Path(name))
+        try:
+            yield running
+        finally:
+            running.stop()
