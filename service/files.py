@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
 At = Literal["initial", "final"]
-INCOMING = "incoming"
+INCOMING, MARK = "incoming", "mark"
 FOLDERS = ("weights", "uploads", "checkpoints", "factors", "pictures")
 
 
@@ -67,13 +67,18 @@ def picture_path(data: Path, job_id: str, key: str, suffix: str) -> Path:
 
 
 def mark(data: Path) -> str:
-    """A text that only this folder holds, written by the first who asks: who reads the same sees the same folder."""
-    path = data / "mark"
+    """A text that only this folder holds, written by the first who asks; `has_mark` tells whether another has it."""
+    path = data / MARK
     with contextlib.suppress(FileExistsError), nameless(data) as file:
         file.write(secrets.token_hex(16).encode())
         settle(file)
         keep(file, path)
     return path.read_text()
+
+
+def has_mark(data: Path, text: str) -> bool:
+    """Whether this is the folder with that mark, seen from another machine. Raises OSError."""
+    return (data / MARK).read_text() == text
 
 
 @contextlib.contextmanager

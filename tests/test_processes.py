@@ -109,6 +109,8 @@ def test_sigterm_while_pictures_are_drawn_is_quick_and_told_to_those_who_wait(tm
     [
         ("RANKSCOPE_JOBS", "0", 2),
         ("RANKSCOPE_DEVICES", "gpu", 2),
+        ("RANKSCOPE_ENGINE", "ray", 2),  # It needs PostgreSQL.
+        ("RANKSCOPE_RAY_ADDRESS", "head", 2),
         ("RANKSCOPE_HEARTBEAT_S", "9", 2),
         ("RANKSCOPE_DATABASE_URL", "nonsense", 5),
         ("RANKSCOPE_DATA", "/dev/null/data", 5),

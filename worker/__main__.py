@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from service import logs
@@ -34,7 +35,10 @@ def main() -> int:
         Supervisor(settings, tied=options.tied).run()
     except tuple(EXIT_CODES) as error:
         sys.stderr.write(f"{error.detail}\n")
-        return EXIT_CODES[type(error)]
+        code = EXIT_CODES[type(error)]
+        if isinstance(error, ClusterLost):
+            os._exit(code)  # The usual way out would let Ray wait a minute for its head.
+        return code
     return 0
 
 

@@ -42,6 +42,7 @@ except ImportError as error:
 log = logging.getLogger("worker.ray")
 Resources = dict[str, float]
 LOOK_S = 0.2
+STALE_S = 2.0
 LOST_S = 15.0  # Heads are restarted faster; a lost one ends this process, which is started again and joins a new one.
 REACH_S = 5.0
 CHECK_S = 60.0  # How long a node may take to start its first task.
@@ -188,7 +189,7 @@ class RayEngine:
             raise ClusterLost(f"Ray at {self._settings.ray_address} has not answered for {LOST_S:g} s")
         for job in running:
             job.give_up_waiting()
-        if now - self._refused < PAUSE_S:
+        if now - view.at > STALE_S or now - self._refused < PAUSE_S:
             return "none"
         cpus = self._settings.threads
         used = {"CPU": cpus * len(running), "GPU": sum(job.uses_gpu for job in running)}
@@ -221,13 +222,10 @@ class RayEngine:
         self._refused = time.monotonic()
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Leave the cluster; one that is lost cannot be left, Ray would wait for it."""
         self._closing.set()
         if time.monotonic() - self._view.at < LOST_S:
             ray.shutdown()
-        else:
-            logging.shutdown()
-            os._exit(1)
 
 
 def _reach(address: str) -> None:
@@ -268,7 +266,7 @@ def find_fault(settings: Settings, mark: str) -> str | None:
 
 def _misses_data(settings: Settings, mark: str) -> str | None:
     try:
-        same = files.mark(settings.data) == mark
+        same = files.has_mark(settings.data, mark)
     except OSError as error:
         return f"cannot use the data folder {settings.data}: {error.strerror}"
     return None if same else f"has another folder at {settings.data}: mount the one that all share"

@@ -1,0 +1,144 @@
+"""Jobs on a Ray cluster: real nodes as processes of this machine, a real PostgreSQL, jobs posted to a real server."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service import files
+from service.settings import Settings
+from tests import ray_cluster
+from tests.conftest import Server, free_port, start_server, stop_server, wait_for
+from tests.postgres import Postgres
+from tests.ray_cluster import Cluster, Node
+
+pytest.importorskip("ray", reason="Ray is not installed: `make slow` and `make soak` install it")
+pytestmark = pytest.mark.slow
+
+SHORT = {"device": "cpu", "training": {"epochs": 20}}
+LONG = {"device": "cpu", "training": {"epochs": 100_000}, "record": {"every": 1000}}
+MATRIX = np.random.default_rng(0).standard_normal((40, 30))
+RAY = {"RANKSCOPE_ENGINE": "ray", "RANKSCOPE_HEARTBEAT_S": "0.2", "RANKSCOPE_LEASE_S": "2"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, each with one CPU and a GPU that is not there."""
+    with ray_cluster.cluster() as running:
+        for _ in range(2):
+            running.add_node(gpus=1)
+        yield running
+
+
+def start_dispatched(data: Path, cluster: Cluster, postgres: Postgres, **environment: str) -> Server:
+    """Start a server whose worker is a dispatcher of the cluster."""
+    where = {"RANKSCOPE_DATABASE_URL": postgres.new_database(), "RANKSCOPE_RAY_ADDRESS": cluster.address}
+    return start_server(data, **where, **RAY, **environment)
+
+
+@pytest.fixture(scope="module")
+def ray_server(cluster: Cluster, postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with one dispatcher for all that hurts nothing but nodes and dispatchers."""
+    data = tmp_path_factory.mktemp("ray") / "data"
+    running = start_dispatched(data, cluster, postgres)
+    yield running
+    assert stop_server(running) == 0, running.log.read_text()
+    assert "Traceback" not in running.log.read_text()
+
+
+def recorded(server: Server, job_id: str) -> tuple[Any, bytes]:
+    """All that an experiment has recorded of its epochs, and its trained weights."""
+    spectra = server.client.get(f"/experiments/{job_id}/spectrum", params={"layer": "all"})
+    metrics = server.client.get(f"/experiments/{job_id}/metrics")
+    weights = server.client.get(f"/experiments/{job_id}/weights", params={"at": "final"})
+    assert {spectra.status_code, metrics.status_code, weights.status_code} == {200}
+    return (spectra.json()["epochs"], metrics.json()["epochs"]), weights.content
+
+
+def busy_node(cluster: Cluster) -> Node:
+    """The node that runs a job now."""
+    return wait_for(lambda: next((n for n in cluster.nodes if n.job_processes()), None), "a node to run the job")
+
+
+def test_results_are_those_of_the_local_engine_to_the_last_bit(ray_server: Server, server: Server) -> None:
+    there, here = ray_server.post(SHORT), server.run(SHORT)
+    np.save(file := io.BytesIO(), MATRIX)
+    local = server.analyze(file.getvalue())
+    assert ray_server.wait(there["id"])["status"] == "succeeded"
+    assert recorded(ray_server, there["id"]) == recorded(server, here["id"])
+    remote = ray_server.analyze(file.getvalue())
+    both = [(ray_server, remote), (server, local)]
+    spectra = [one.client.get(f"/analyses/{job['id']}/spectrum").json()["tensors"] for one, job in both]
+    assert spectra[0] == spectra[1]
+
+
+def test_a_job_that_is_canceled_stops_and_its_node_takes_the_next(ray_server: Server, cluster: Cluster) -> None:
+    posted = ray_server.post(LONG)
+    (process,) = busy_node(cluster).job_processes()
+    ray_server.client.post(f"/experiments/{posted['id']}/cancel")
+    assert ray_server.wait(posted["id"])["status"] == "canceled"
+    wait_for(lambda: not process.is_running(), "the job's process to end")
+    assert ray_server.run(SHORT)["status"] == "succeeded"
+
+
+def test_a_killed_process_is_tried_again(ray_server: Server, cluster: Cluster) -> None:
+    posted = ray_server.post({**LONG, "training": {"epochs": 300}})
+    busy_node(cluster).job_processes()[0].kill()
+    state = ray_server.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 2)
+
+
+def test_a_third_job_for_a_gpu_waits_for_the_second_gpu(cluster: Cluster, postgres: Postgres, tmp_path: Path) -> None:
+    server = start_dispatched(tmp_path / "data", cluster, postgres, RANKSCOPE_DEVICES="cpu,cuda:0")
+    # The GPUs are not there, which each job finds out and says: it has held its place until then.
+    waiting = [server.post({"device": "cuda"}) for _ in range(3)]
+    over = [server.wait(job["id"]) for job in waiting]
+    assert {state["error"]["type"] for state in over} == {"device-unavailable"}
+    assert over[2]["started_at"] >= min(over[0]["finished_at"], over[1]["finished_at"])
+    assert stop_server(server) == 0
+
+
+def test_a_dispatcher_that_is_killed_takes_its_tasks_along(ray_server: Server, cluster: Cluster) -> None:
+    posted = ray_server.post({**LONG, "training": {"epochs": 300}})
+    (process,) = busy_node(cluster).job_processes()
+    ray_server.workers()[0].kill()
+    wait_for(lambda: not process.is_running(), "the job's process to end")
+    state = ray_server.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 2)
+
+
+def test_a_job_outlives_its_node(ray_server: Server, cluster: Cluster) -> None:
+    posted = ray_server.post({**LONG, "training": {"epochs": 300}})
+    busy_node(cluster).kill()
+    state = ray_server.wait(posted["id"])
+    assert (state["status"], state["attempt"]) == ("succeeded", 2)
+
+
+def test_a_node_says_what_keeps_it_from_running_jobs(tmp_path: Path) -> None:
+    find_fault = pytest.importorskip("worker.ray_engine").find_fault
+    nowhere = f"postgresql://postgres@127.0.0.1:{free_port()}/none"
+    settings = Settings(data=tmp_path, database_url=nowhere)
+    assert "RANKSCOPE_DATABASE_URL" in (find_fault(settings, files.mark(tmp_path)) or "")
+    assert "mount the one that all share" in (find_fault(settings, "another folder's mark") or "")
+    away = Settings(data=tmp_path / "away", database_url=nowhere)
+    assert "cannot use the data folder" in (find_fault(away, files.mark(tmp_path)) or "")
+
+
+def test_a_head_that_cannot_be_reached_is_one_line_and_exit_code_3(tmp_path: Path, postgres: Postgres) -> None:
+    environment = {
+        **os.environ,
+        **RAY,
+        "RANKSCOPE_DATABASE_URL": postgres.new_database(),
+        "RANKSCOPE_RAY_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
+    command = [sys.executable, "-m", "service.cli", "work", f"--data={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 3
+    assert "cannot reach Ray's head" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
