@@ -15,12 +15,13 @@ import psutil
 
 from tests.conftest import free_port, wait_for
 
-ADDRESSES = (f"127.0.0.{n}" for n in itertools.count(2))
 QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # A node leaves so long after its head; by default a minute.
 
 
 class Node:
     """A running `ray start --block`, and all that it started."""
+
+    cpus, gpus = 0, 0
 
     def __init__(self, log: Path, *arguments: str) -> None:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -61,6 +62,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.nodes: list[Node] = []
+        self._names = itertools.count(1)
         self.start_head()
 
     @property
@@ -84,9 +86,18 @@ class Cluster:
     def add_node(self, cpus: int = 1, gpus: int = 0) -> Node:
         """Start a node; the cluster has it a few seconds later."""
         given = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-        node = Node(self.folder / "nodes.log", *given, f"--node-ip-address={next(ADDRESSES)}")
+        # Nodes that start together in one folder choose the same names for their sockets.
+        given += [f"--temp-dir={self.folder}/{(number := next(self._names))}"]
+        node = Node(self.folder / "nodes.log", *given, f"--node-ip-address=127.0.1.{number}")
+        node.cpus, node.gpus = cpus, gpus
         self.nodes.append(node)
         return node
+
+    def replace(self, node: Node) -> None:
+        """Kill the node and start another in its place, with as many CPUs and GPUs."""
+        node.kill()
+        self.nodes.remove(node)
+        self.add_node(node.cpus, node.gpus)
 
     def stop(self) -> None:
         """End every process."""
