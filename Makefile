@@ -17,15 +17,15 @@ serve: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) --cov --cov-report=term
 
-slow: $(VENV)/installed
+slow: $(VENV)/slow
 	$(BIN)/python -m pytest -q -m slow
 
 soak: $(VENV)/soak
 	$(BIN)/python -m fuzz.formats --seconds 200
 	$(BIN)/python -m pytest -q -m soak
 
-bench: $(VENV)/installed
-	@for one in memo analyze model; do \
+bench: $(VENV)/slow
+	@for one in memo analyze model queue; do \
 	  echo "== benchmarks.$$one"; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$one || exit 1; done
 
 lint: $(VENV)/installed
@@ -41,6 +41,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[worker,dev]'
 	@touch $@
 
-$(VENV)/soak: $(VENV)/installed
-	$(PIP_INSTALL) -e '.[worker,dev,soak]'
+$(VENV)/slow: $(VENV)/installed
+	$(PIP_INSTALL) -e '.[worker,dev,ray]'
+	@touch $@
+
+$(VENV)/soak: $(VENV)/slow
+	$(PIP_INSTALL) -e '.[worker,dev,ray,soak]'
 	@touch $@

@@ -1,6 +1,7 @@
 """A Ray cluster whose nodes are processes of this machine, each with a loopback address of its own."""
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import signal
@@ -15,7 +16,13 @@ import psutil
 
 from tests.conftest import free_port, wait_for
 
+MISSING = "Ray is not installed: `make slow` and `make soak` install it"
 QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # A node leaves so long after its head; by default a minute.
+
+
+def installed() -> bool:
+    """Whether there can be a cluster."""
+    return importlib.util.find_spec("ray") is not None
 
 
 class Node:
@@ -52,8 +59,8 @@ class Node:
         for process in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everyone, timeout=10)
         self.process.wait()
+        psutil.wait_procs(everyone, timeout=5)
 
 
 class Cluster:

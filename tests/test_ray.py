@@ -17,8 +17,7 @@ from tests.conftest import Server, free_port, start_server, stop_server, wait_fo
 from tests.postgres import Postgres
 from tests.ray_cluster import Cluster, Node
 
-pytest.importorskip("ray", reason="Ray is not installed: `make slow` and `make soak` install it")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ray_cluster.installed(), reason=ray_cluster.MISSING)]
 
 SHORT = {"device": "cpu", "training": {"epochs": 20}}
 LONG = {"device": "cpu", "training": {"epochs": 100_000}, "record": {"every": 1000}}
@@ -70,6 +69,14 @@ def test_results_are_those_of_the_local_engine_to_the_last_bit(ray_server: Serve
     assert recorded(ray_server, there["id"]) == recorded(server, here["id"])
 
 
+def test_a_third_job_for_a_gpu_waits_for_the_second_gpu(ray_server: Server) -> None:
+    # The GPUs are not there, which each job finds out and says: it has held its place until then.
+    waiting = [ray_server.post({"device": "cuda"}) for _ in range(3)]
+    over = [ray_server.wait(job["id"]) for job in waiting]
+    assert {state["error"]["type"] for state in over} == {"device-unavailable"}
+    assert over[2]["started_at"] >= min(over[0]["finished_at"], over[1]["finished_at"])
+
+
 def test_a_job_that_is_canceled_stops_and_its_node_takes_the_next(ray_server: Server, cluster: Cluster) -> None:
     job, _, process = start_long(ray_server, cluster, epochs=100_000)
     ray_server.client.post(f"/experiments/{job}/cancel")
@@ -90,14 +97,6 @@ def test_a_job_outlives_its_node(ray_server: Server, cluster: Cluster) -> None:
     cluster.replace(node)
     state = ray_server.wait(job)
     assert (state["status"], state["attempt"]) == ("succeeded", 2)
-
-
-def test_a_third_job_for_a_gpu_waits_for_the_second_gpu(ray_server: Server) -> None:
-    # The GPUs are not there, which each job finds out and says: it has held its place until then.
-    waiting = [ray_server.post({"device": "cuda"}) for _ in range(3)]
-    over = [ray_server.wait(job["id"]) for job in waiting]
-    assert {state["error"]["type"] for state in over} == {"device-unavailable"}
-    assert over[2]["started_at"] >= min(over[0]["finished_at"], over[1]["finished_at"])
 
 
 def test_a_node_says_what_keeps_it_from_running_jobs(tmp_path: Path) -> None:

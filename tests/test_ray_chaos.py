@@ -15,8 +15,6 @@ from tests.postgres import Postgres
 from tests.ray_cluster import Cluster
 from tests.test_ray import recorded
 
-pytest.importorskip("ray", reason="Ray is not installed: `make soak` installs it")
-
 SEEDS = range(4)
 FAULTS = ("node", "dispatcher", "process", "head") * 2
 PAUSE_S = (5.0, 12.0)
@@ -71,6 +69,7 @@ def strike(fault: str, server: Server, cluster: Cluster, choose: random.Random) 
 
 
 @pytest.mark.soak
+@pytest.mark.skipif(not ray_cluster.installed(), reason=ray_cluster.MISSING)
 def test_whatever_dies_every_job_is_done_once_and_to_the_last_bit(
     ray_server: Server, cluster: Cluster, server: Server
 ) -> None:
@@ -84,7 +83,7 @@ def test_whatever_dies_every_job_is_done_once_and_to_the_last_bit(
         ray_server.client.post("/analyze", content=file.getvalue(), params=query, headers=headers) for _ in range(4)
     ]
     assert {answer.status_code for answer in posted} == {202}
-    choose = random.Random(0)
+    choose = random.Random(0)  # noqa: S311
     for fault in choose.sample(FAULTS, len(FAULTS)):
         time.sleep(choose.uniform(*PAUSE_S))
         strike(fault, ray_server, cluster, choose)

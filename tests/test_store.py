@@ -65,6 +65,18 @@ def test_f10_eight_threads_claim_two_hundred_jobs_each_exactly_once(database: Da
     assert set(claimed) == jobs
 
 
+def test_where_no_gpu_is_free_the_next_job_for_the_cpu_is_taken(database: Database) -> None:
+    first, second = (create(database, spec={"device": device}) for device in ("cuda:0", "cpu"))
+    create(database, spec={"device": "auto"})
+    with database.write.begin() as session:
+        row = store.claim_next(session, "w", cpu_only=True)
+        assert row is not None
+        assert row.id == second
+        assert not store.anything_queued(session, cpu_only=True)
+        assert store.claim_next(session, "w", cpu_only=True) is None
+    assert claim(database).job_id == first
+
+
 def test_the_line_is_by_priority_and_then_first_in_first_out(database: Database) -> None:
     low, first, second, high = (create(database, priority=p) for p in ("low", "normal", "normal", "high"))
     assert [claim(database).job_id for _ in range(4)] == [high, first, second, low]
