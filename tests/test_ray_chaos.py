@@ -23,7 +23,7 @@ LIMIT_S = 480.0
 
 def spec(seed: int) -> dict[str, object]:
     """An experiment of some seconds."""
-    return {"seed": seed, "training": {"epochs": 1500}, "record": {"every": 100}}
+    return {"seed": seed, "training": {"epochs": 600}, "record": {"every": 100}}
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ STALE_S = 2.0
 LOST_S = 15.0  # Heads are restarted faster; a lost one ends this process, which is started again and joins a new one.
 REACH_S = 5.0
 CHECK_S = 60.0  # How long a node may take to start its first task.
+SLOW_S = 5.0  # A node may have to start a process first; a job that waits longer waits for room.
 BEGIN_S = 30.0  # Room that another driver took, or that lies on two nodes: the job goes back in line after that.
 PAUSE_S = 10.0
 NEVER_S = 60.0  # A cluster may grow; a job for a GPU that none of its nodes has by then is told so.
@@ -93,15 +94,16 @@ class RayJob:
 
     def _result(self) -> int:
         try:
-            *begun, code = [ray.get(result, timeout=END_S) for result in self._results]
+            results = [ray.get(result, timeout=END_S) for result in self._results]
         except TaskCancelledError:
             return GONE if self._killed else NOT_RUN
         except RayError as error:
             log.warning("the task died: %s", _first_line(error))
             return GONE
+        code = results[-1] if results else None  # Nothing at all comes of a task whose node dies as it begins.
         if isinstance(code, str):
             self._sent_away(code)
-        return code if isinstance(code, int) and begun else NOT_RUN
+        return code if isinstance(code, int) else NOT_RUN
 
     def terminate(self) -> None:
         """Have the task ask the job to end; one that waits for its turn just goes."""
@@ -113,11 +115,10 @@ class RayJob:
             self._killed = True
             ray.cancel(self._results, force=True)
 
-    def give_up_waiting(self) -> None:
-        """Take the job back if Ray has found no place for it in `BEGIN_S`."""
-        if time.monotonic() - self._submitted > BEGIN_S and not (self._over.done() or self._results.next_ready()):
-            log.warning("Ray found no place for a job in %g s", BEGIN_S)
-            ray.cancel(self._results)
+    def waits_for(self, seconds: float) -> bool:
+        """Whether Ray has had the job for so long without beginning it."""
+        late = time.monotonic() - self._submitted > seconds
+        return late and not (self._over.done() or self._results.next_ready())
 
     def join(self, timeout: float | None = None) -> None:
         """Wait so long for its end; without a limit not at all, since there is no process here to be reaped."""
@@ -188,8 +189,10 @@ class RayEngine:
         if now - view.at > LOST_S:
             raise ClusterLost(f"Ray at {self._settings.ray_address} has not answered for {LOST_S:g} s")
         for job in running:
-            job.give_up_waiting()
-        if now - view.at > STALE_S or now - self._refused < PAUSE_S:
+            if job.waits_for(BEGIN_S):
+                log.warning("Ray found no place for a job in %g s", BEGIN_S)
+                job.terminate()
+        if now - view.at > STALE_S or now - self._refused < PAUSE_S or any(job.waits_for(SLOW_S) for job in running):
             return "none"
         cpus = self._settings.threads
         used = {"CPU": cpus * len(running), "GPU": sum(job.uses_gpu for job in running)}
