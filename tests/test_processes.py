@@ -124,6 +124,21 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, name: str, value: str, code: 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_engine_that_is_not_installed_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "RANKSCOPE_DATA": str(tmp_path),
+        "RANKSCOPE_DATABASE_URL": "postgresql://127.0.0.1:1/none",
+        "RANKSCOPE_ENGINE": "ray",
+    }
+    command = [sys.executable, "-m", "worker"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["RANKSCOPE_ENGINE=ray needs Ray: install rankscope[ray]"]
+
+
 def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", RANKSCOPE_JOB_LIMIT_S="0.3", **FAST)
     state = server.run(LONG)
