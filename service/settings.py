@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         "auto", description="Ray's head as host:port; auto: the cluster that the worker's machine belongs to"
     )
     threads: int = Field(1, ge=1, le=256, description="BLAS threads of one job")
-    jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time")
+    jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time; on Ray the cluster's room decides")
     poll_s: float = Field(0.1, ge=0.01, le=10, description="Seconds between a worker's looks at the queue")
     alive_file: Path | None = Field(None, description="File a worker touches at every heartbeat, for health checks")
     heartbeat_s: float = Field(1.0, ge=0.05, le=60, description="Seconds between a worker's heartbeats")

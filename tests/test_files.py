@@ -80,3 +80,11 @@ def drawing_process() -> psutil.Process:
     """The one child of this process that draws."""
     (child,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     return child
+
+
+def test_every_data_folder_has_a_mark_of_its_own(tmp_path: Path) -> None:
+    first, second = (files.mark(tmp_path / name) for name in ("a", "b"))
+    assert files.mark(tmp_path / "a") == first
+    assert files.has_mark(tmp_path / "a", first)
+    assert not files.has_mark(tmp_path / "b", first)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mark"]

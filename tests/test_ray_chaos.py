@@ -57,7 +57,7 @@ def strike(fault: str, server: Server, cluster: Cluster, choose: random.Random) 
         case "dispatcher":
             choose.choice(wait_for(server.workers, "a dispatcher")).kill()
         case "process":
-            running = wait_for(lambda: [p for node in cluster.nodes for p in node.job_processes()], "a job's process")
+            running = wait_for(lambda: [p for node in cluster.nodes for p in node.job_processes()], "a job", LIMIT_S)
             choose.choice(running).kill()
         case "head":
             cluster.head.kill()
