@@ -83,7 +83,7 @@ def drawing_process() -> psutil.Process:
 
 
 def test_every_data_folder_has_a_mark_of_its_own(tmp_path: Path) -> None:
-    first, second = (files.mark(tmp_path / name) for name in ("a", "b"))
+    first, _ = (files.mark(tmp_path / name) for name in ("a", "b"))
     assert files.mark(tmp_path / "a") == first
     assert files.has_mark(tmp_path / "a", first)
     assert not files.has_mark(tmp_path / "b", first)
