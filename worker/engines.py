@@ -5,6 +5,7 @@ The loop knows neither: it asks an engine for room, has it start a job, and trea
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, Protocol
@@ -13,9 +14,12 @@ from service import logs
 from service.processes import die_with_parent
 from service.settings import Settings
 from service.store import Token
+from worker.memory import OomKills, count_oom_kills, peak_memory
 
 PRELOAD = ["worker.preload"]
-NOT_RUN = os.EX_TEMPFAIL  # Exit code of a job that never began: put it back in line, it is nobody's crash.
+# Exit codes beside those of processes: of a job that never began (put it back in line, it is nobody's crash), and of one
+# that the kernel ended for want of memory.
+NOT_RUN, OUT_OF_MEMORY = os.EX_TEMPFAIL, os.EX_OSERR
 Room = Literal["none", "cpu", "any"]
 
 
@@ -25,6 +29,10 @@ class Job(Protocol):
     @property
     def exitcode(self) -> int | None:
         """None while it runs; below zero the signal that ended it."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of memory that it was seen to have; 0 where nobody looked."""
 
     @property
     def sentinel(self) -> Any:
@@ -44,7 +52,9 @@ class Job(Protocol):
 
 
 class Engine(Protocol):
-    """A place where jobs run."""
+    """A place where jobs run; where they `share_fate` with the worker, one of them may be what has killed it."""
+
+    shares_fate: bool
 
     def open(self) -> None:
         """Get ready. Raises EngineUnusable, ClusterLost."""
@@ -73,6 +83,31 @@ def uses_cuda(settings: Settings, spec: dict[str, Any]) -> bool:
     return "cuda" in settings.devices and spec["device"] != "cpu"
 
 
+class LocalJob:
+    """A child process of this one, that tells whether the kernel ended it for want of memory."""
+
+    def __init__(self, process: BaseProcess, oom_kills: OomKills) -> None:
+        self.sentinel, self.terminate, self.kill = process.sentinel, process.terminate, process.kill
+        self.join, self.close = process.join, process.close
+        self.peak = 0
+        self._process, self._oom_kills = process, oom_kills
+        self._before = count_oom_kills()
+        self._exitcode: int | None = None
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; below zero the signal that ended it."""
+        if self._exitcode is not None:
+            return self._exitcode
+        if (code := self._process.exitcode) is None:
+            self.peak = peak_memory(self._process.pid or 0) or self.peak
+        elif code == -signal.SIGKILL and self._oom_kills.is_one(self._before):
+            self._exitcode = OUT_OF_MEMORY
+        else:
+            self._exitcode = code
+        return self._exitcode
+
+
 class LocalEngine:
     """Child processes of this one.
 
@@ -80,8 +115,11 @@ class LocalEngine:
     CUDA does not survive a fork, not even one from a server that never used it in earnest, so it gets fresh processes.
     """
 
+    shares_fate = True
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._oom_kills = OomKills()
         self._fork_server: Any = multiprocessing.get_context("forkserver")
         self._fork_server.set_forkserver_preload(PRELOAD)
 
@@ -95,7 +133,7 @@ class LocalEngine:
         """As many jobs at a time as the settings say."""
         return "any" if len(running) < self._settings.jobs else "none"
 
-    def start(self, token: Token, kind: str, spec: dict[str, Any]) -> BaseProcess:
+    def start(self, token: Token, kind: str, spec: dict[str, Any]) -> LocalJob:
         """Start the job in a child process."""
         fresh = uses_cuda(self._settings, spec)
         context = multiprocessing.get_context("spawn") if fresh else self._fork_server
@@ -103,7 +141,7 @@ class LocalEngine:
             target=_run, args=(self._settings, token, kind, spec, logs.bound()), name=f"{kind}-{token.job_id}"
         )
         process.start()
-        return process
+        return LocalJob(process, self._oom_kills)
 
     def close(self) -> None:
         """The fork server ends with this process."""

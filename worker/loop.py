@@ -20,7 +20,6 @@ from service.errors import LostJob
 from service.settings import Settings
 from service.store import Token
 from worker import engines
-from worker.memory import count_oom_kills, peak_memory
 from worker.monitoring import WorkerMetrics
 
 log = logging.getLogger("worker")
@@ -36,8 +35,6 @@ class Running:
     process: engines.Job
     started: float
     suspect: bool  # It may have killed a worker before: nothing else runs beside it.
-    oom_kills: int  # How many there had been when it started.
-    peak: int = 0  # The most bytes of memory seen.
     cancel_seen: float | None = None
 
 
@@ -111,7 +108,6 @@ class Supervisor:
         """Take note of children that have ended; one that ended its job itself has left nothing to do."""
         for token, job in list(self.running.items()):
             if (exit_code := job.process.exitcode) is None:
-                job.peak = peak_memory(job.process.pid or 0) or job.peak
                 continue
             if exit_code == -signal.SIGXCPU:
                 # A limit that the job had set itself: it would pass it again.
@@ -119,11 +115,9 @@ class Supervisor:
             elif exit_code == engines.NOT_RUN:
                 with self.database.write.begin() as session:
                     store.release(session, token)
-            elif exit_code == -signal.SIGKILL and count_oom_kills() > job.oom_kills:
-                detail = f"the kernel ended the job for want of memory; it had {job.peak} bytes when last looked at"
-                self._fail(token, "out-of-memory", detail)
-                for other in self.running.values():
-                    other.oom_kills = count_oom_kills()  # That one is accounted for.
+            elif exit_code == engines.OUT_OF_MEMORY:
+                had = f"it had {job.process.peak} bytes when last looked at"
+                self._fail(token, "out-of-memory", f"the kernel ended the job for want of memory; {had}")
             else:
                 with self.database.write.begin() as session:
                     reason = f"its process ended with exit code {exit_code}"
@@ -209,7 +203,7 @@ class Supervisor:
             if time.monotonic() - began > self.settings.heartbeat_s:
                 self.leases.clear()  # Whatever kept us from writing may have kept the other one from it.
                 return
-            tokens = store.take_over(session, worker, self.settings.max_attempts)
+            tokens = store.take_over(session, worker, self.settings.max_attempts, blame=self.engine.shares_fate)
         for token in tokens:
             log.warning("took over %s from %s, which has gone silent", token, worker)
             self._tidy(token)
@@ -228,7 +222,7 @@ class Supervisor:
             token = Token(row.id, row.attempt)
             log.info("starting %s %s, attempt %d", row.kind, row.id, row.attempt)
             process = self.engine.start(token, row.kind, row.spec)
-            self.running[token] = Running(process, time.monotonic(), row.suspect, count_oom_kills())
+            self.running[token] = Running(process, time.monotonic(), row.suspect)
 
     def _give_back(self) -> None:
         """Let the children keep where they are and put their jobs back in line: a deploy is no failed attempt."""

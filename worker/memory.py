@@ -27,6 +27,20 @@ def count_oom_kills() -> int:
     return _field(group, "oom_kill") if group.exists() else _field(PROC / "vmstat", "oom_kill")
 
 
+class OomKills:
+    """Which of this process's children the kernel has ended for want of memory; each kill counts for one of them."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def is_one(self, before: int) -> bool:
+        """Whether a child that SIGKILL has ended is one of them; `before` was the count when it started."""
+        if (now := count_oom_kills()) <= max(before, self._told):
+            return False
+        self._told = now
+        return True
+
+
 def wanted(error: BaseException) -> str | None:
     """The size of the allocation that failed, where numpy's or torch's message has it."""
     found = SIZE.search(str(error))

@@ -77,6 +77,7 @@ class RayJob:
 
     def __init__(self, results: Any, sent_away: Callable[[str], None], *, uses_gpu: bool) -> None:
         self.uses_gpu = uses_gpu
+        self.peak = 0
         self._sent_away = sent_away
         self.sentinel, tell = socket.socketpair()
         self._results = results
@@ -101,6 +102,7 @@ class RayJob:
             log.warning("the task died: %s", _first_line(error))
             return GONE
         code = results[-1] if results else None  # Nothing at all comes of a task whose node dies as it begins.
+        self.peak = results[1] if len(results) == 3 else 0
         if isinstance(code, str):
             self._sent_away(code)
         return code if isinstance(code, int) else NOT_RUN
@@ -130,7 +132,9 @@ class RayJob:
 
 
 class RayEngine:
-    """The driver of a cluster."""
+    """The driver of a cluster. Its end says nothing about the jobs: they run elsewhere."""
+
+    shares_fate = False
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.model_copy(update={"data": settings.data.absolute()})
@@ -287,7 +291,7 @@ def _local_engine(settings: Settings) -> LocalEngine:
 def run_on_node(
     settings: Settings, mark: str, ids: dict[str, Any], token: Token, kind: str, spec: dict[str, Any]
 ) -> Iterator[int | str | None]:
-    """On a node: run the job; first comes None, a sign of life, and at the end the exit code, or what is wrong here."""
+    """On a node: run the job; first comes None, a sign of life, then the peak of its memory and the exit code, or else what is wrong here."""
     yield None
     if (fault := _misses_data(settings, mark)) is not None:
         yield f"{socket.gethostname()} {fault}"
@@ -304,4 +308,6 @@ def run_on_node(
     finally:
         process.kill()
     process.join()
-    yield process.exitcode
+    exit_code = process.exitcode
+    yield process.peak
+    yield exit_code

@@ -157,10 +157,16 @@ def record_crash(session: Session, token: Token, reason: str, max_attempts: int,
     end(session, token, "failed", error)
 
 
-def take_over(session: Session, worker: str, max_attempts: int) -> list[Token]:
-    """Put back in line all that a worker held which has gone silent; the answer names it."""
+def take_over(session: Session, worker: str, max_attempts: int, *, blame: bool = True) -> list[Token]:
+    """Put back in line all that a worker held which has gone silent; the answer names it.
+
+    Jobs that ran elsewhere are not to `blame` for its end.
+    """
     held = select(JobRow.id, JobRow.attempt).where(JobRow.worker == worker, JobRow.status.in_(HELD))
     tokens = [Token(*row) for row in session.execute(held.with_for_update())]
     for token in tokens:
-        record_crash(session, token, "its worker went silent", max_attempts, alone=len(tokens) == 1)
+        if blame:
+            record_crash(session, token, "its worker went silent", max_attempts, alone=len(tokens) == 1)
+        else:
+            release(session, token)
     return tokens
