@@ -291,7 +291,7 @@ def _local_engine(settings: Settings) -> LocalEngine:
 def run_on_node(
     settings: Settings, mark: str, ids: dict[str, Any], token: Token, kind: str, spec: dict[str, Any]
 ) -> Iterator[int | str | None]:
-    """On a node: run the job; first comes None, a sign of life, then the peak of its memory and the exit code, or else what is wrong here."""
+    """On a node: run the job; after None, a sign of life, comes what is wrong here, or peak memory and exit code."""
     yield None
     if (fault := _misses_data(settings, mark)) is not None:
         yield f"{socket.gethostname()} {fault}"
