@@ -17,8 +17,8 @@ from service.store import Token
 from worker.memory import OomKills, count_oom_kills, peak_memory
 
 PRELOAD = ["worker.preload"]
-# Exit codes beside those of processes: of a job that never began (put it back in line, it is nobody's crash), and of one
-# that the kernel ended for want of memory.
+# Exit codes beside those of processes: of a job that never began (put it back in line, it is nobody's crash), and of
+# one that the kernel ended for want of memory.
 NOT_RUN, OUT_OF_MEMORY = os.EX_TEMPFAIL, os.EX_OSERR
 Room = Literal["none", "cpu", "any"]
 
