@@ -6,6 +6,10 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 from service.schemas import TERMINAL, Status
 from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
 from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
+from service.store.database import Database, connect, migrate
+from service.store.deliveries import Claimed, any_due, claim_delivery, deliveries, settle
+from service.store.events import events_after, last_numbers
+from service.store.health import count_jobs, sizes
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
     Page,
@@ -45,6 +49,18 @@ from service.store.recordings import (
     losses,
     recorded_epochs,
     spectra,
+    spectra_of_layers,
+)
+from service.store.tables import (
+    TERMINAL,
+    DeliveryRow,
+    DeliveryState,
+    EpochRow,
+    EventRow,
+    JobRow,
+    Status,
+    TensorRow,
+    new_id,
 )
 from service.store.tables import JobRow, TensorRow
 from service.store.tensors import (
@@ -65,9 +81,14 @@ __all__ = [
     "BUSY_S",
     "TERMINAL",
     "UNAVAILABLE",
+    "Claimed",
     "Database",
+    "DeliveryRow",
+    "DeliveryState",
     "Epoch",
     "EpochRange",
+    "EpochRow",
+    "EventRow",
     "Found",
     "JobRow",
     "Lease",
@@ -80,22 +101,27 @@ __all__ = [
     "add_manifest",
     "add_tensors",
     "adopt_twin",
+    "any_due",
     "anything_queued",
     "cancel_job",
     "checkpoint_of",
     "children",
+    "claim_delivery",
     "claim_next",
     "connect",
     "count_jobs",
     "create_job",
     "cuts",
     "delete_job",
+    "deliveries",
     "end",
+    "events_after",
     "get_job",
     "heartbeat",
     "held_jobs",
     "journal_mode",
     "last_epoch",
+    "last_numbers",
     "list_jobs",
     "list_tensors",
     "losses",
@@ -117,9 +143,11 @@ __all__ = [
     "remembered",
     "rename_job",
     "schema",
+    "settle",
     "sizes",
     "source_of",
     "spectra",
+    "spectra_of_layers",
     "spectrum_of",
     "sqlite_version",
     "take_over",

@@ -5,7 +5,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.errors import IdempotencyInProgress
-from service.store.jobs import now
+from service.store.clock import now
 from service.store.tables import IdempotencyRow
 
 KEPT = 24 * 60 * 60 * 10**6  # microseconds

@@ -1,29 +1,19 @@
 """Verbs of whoever posts jobs: create, read, list, rename, cancel, delete."""
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import uuid6
 from sqlalchemy import Select, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidState, NotFound, QueueFull
 from service.schemas import TERMINAL, Status
-from service.store.tables import JobRow
+from service.store.clock import now
+from service.store.events import change, record_status
+from service.store.tables import JobRow, new_id
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
-
-
-def now() -> int:
-    """Microseconds of the Unix epoch."""
-    return time.time_ns() // 1000
-
-
-def new_id() -> str:
-    """A UUIDv7."""
-    return str(uuid6.uuid7())
 
 
 def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: str | None = None) -> JobRow:
@@ -45,9 +35,11 @@ def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: 
         heartbeat=0,
         done=0,
         revision=0,
+        sequence=0,
     )
     session.add(row)
     session.flush()
+    record_status(session, row)
     return row
 
 
@@ -124,10 +116,10 @@ def rename_job(session: Session, job_id: str, changes: dict[str, Any]) -> JobRow
 
 def cancel_job(session: Session, job_id: str) -> JobRow:
     """A queued job is canceled at once, a running one asked to stop; one that is over stays as it is."""
-    change = update(JobRow).where(JobRow.id == job_id).execution_options(synchronize_session="fetch")
+    this = update(JobRow).where(JobRow.id == job_id)
     bump = {"revision": JobRow.revision + 1}
-    session.execute(change.where(JobRow.status == "queued").values(status="canceled", finished_at=now(), **bump))
-    session.execute(change.where(JobRow.status == "running").values(status="canceling", **bump))
+    change(session, this.where(JobRow.status == "queued").values(status="canceled", finished_at=now(), **bump))
+    change(session, this.where(JobRow.status == "running").values(status="canceling", **bump))
     return session.get_one(JobRow, job_id, populate_existing=True)
 
 

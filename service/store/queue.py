@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session, aliased
 
 from service.errors import LostJob
 from service.schemas import TERMINAL, Status
-from service.store.jobs import now
+from service.store.clock import now
+from service.store.events import change
 from service.store.tables import JobRow
 
 HELD: tuple[Status, ...] = ("running", "canceling")
@@ -70,9 +71,8 @@ def claim_next(session: Session, worker: str, *, alone: bool = True, cpu_only: b
             revision=JobRow.revision + 1,
             started_at=now(),
         )
-        .returning(JobRow)
     )
-    return session.scalars(claim, execution_options={"populate_existing": True}).one_or_none()
+    return next(iter(change(session, claim)), None)
 
 
 def _held(token: Token) -> Update:
@@ -117,7 +117,7 @@ def checkpoint_of(session: Session, job_id: str) -> str | None:
 def end(session: Session, token: Token, status: Status, error: dict[str, str] | None = None) -> None:
     """Finish the job. A success stands even when a cancel came in between. Raises LostJob."""
     values = {"status": status, "error": error, "finished_at": now(), "revision": JobRow.revision + 1}
-    if session.scalar(_held(token).values(values).returning(JobRow.id)) is None:
+    if not change(session, _held(token).values(values)):
         raise LostJob(f"{token} no longer holds the job")
 
 
@@ -125,9 +125,9 @@ def release(session: Session, token: Token) -> None:
     """Put the job back in line, as a worker does that is told to stop; one that was to be canceled is over."""
     bump = {"revision": JobRow.revision + 1}
     canceled = {"status": "canceled", "finished_at": now(), **bump}
-    session.execute(_held(token).where(JobRow.status == "canceling").values(canceled))
+    change(session, _held(token).where(JobRow.status == "canceling").values(canceled))
     back = {"status": "queued", "worker": None, **bump}
-    session.execute(_held(token).where(JobRow.status == "running").values(back))
+    change(session, _held(token).where(JobRow.status == "running").values(back))
 
 
 def outcome(session: Session, token: Token) -> tuple[str, str] | None:

@@ -1,6 +1,6 @@
 """What an experiment records, and how it is read back: arrays in, arrays out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, delete, func, insert, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.lowrank.ranks import Array
+from service.store.events import reserve
 from service.store.queue import Token
 from service.store.tables import CutRow, EpochRow, SpectrumRow
 
@@ -42,14 +43,17 @@ class EpochRange:
 def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
     """Store recorded epochs, in order; the caller has just proved its token in the same transaction.
 
-    They may be stored already: by an earlier attempt, or by a commit of which nobody knows whether it came through.
+    What is stored already stays as it is, and its number too: it was recorded by an earlier attempt, or by a commit of
+    which nobody knew whether it had come through.
     """
+    again = EpochRange(epochs[0].epoch, epochs[-1].epoch) if epochs else EpochRange()
+    stored = set(recorded_epochs(session, token.job_id, again))
+    epochs = [epoch for epoch in epochs if epoch.epoch not in stored]
     if not epochs:
         return
-    again = EpochRange(epochs[0].epoch, epochs[-1].epoch)
-    for table in (EpochRow, SpectrumRow):
-        session.execute(delete(table).where(table.job_id == token.job_id, *again.holds(table.epoch)))
-    session.execute(insert(EpochRow), [{"job_id": token.job_id, **_losses(epoch)} for epoch in epochs])
+    first = reserve(session, token.job_id, len(epochs))
+    numbered = [{"sequence": first + i, **_losses(epoch)} for i, epoch in enumerate(epochs)]
+    session.execute(insert(EpochRow), [{"job_id": token.job_id, **epoch} for epoch in numbered])
     rows = [
         {
             "job_id": token.job_id,
@@ -110,6 +114,14 @@ def spectra(session: Session, job_id: str, layer: str, k: int, epochs: Sequence[
     wanted = set(epochs)
     blobs = [blob for epoch, blob in session.execute(query) if epoch in wanted]
     return np.frombuffer(b"".join(blobs), FLOAT64).reshape(len(epochs), k)
+
+
+def spectra_of_layers(session: Session, job_id: str, epochs: Sequence[int]) -> Iterator[tuple[int, str, Array]]:
+    """(epoch, layer, σ of W) of all layers at the epochs, one after the other: all together may be large."""
+    here = (SpectrumRow.job_id == job_id, *_among(SpectrumRow.epoch, epochs))
+    query = select(SpectrumRow.epoch, SpectrumRow.layer, SpectrumRow.weights).where(*here)
+    for epoch, layer, blob in session.execute(query, execution_options={"yield_per": 16}):
+        yield epoch, layer, np.frombuffer(blob, FLOAT64)
 
 
 def cuts(session: Session, job_id: str, layer: str) -> tuple[Array, Array] | None:

@@ -6,13 +6,21 @@ Arrays are BLOBs of little-endian float64, because a NaN in a REAL column comes 
 
 from typing import Any, Literal
 
+import uuid6
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from service.schemas import Status
 
 TensorStatus = Literal["pending", "analysed", "skipped"]
+EventName = Literal["status", "error", "completed"]
+DeliveryState = Literal["pending", "delivered", "failed"]
 Count = BigInteger().with_variant(Integer, "sqlite")  # SQLite's integers have 64 bits anyway.
+
+
+def new_id() -> str:
+    """A UUIDv7."""
+    return str(uuid6.uuid7())
 
 
 class Base(DeclarativeBase):
@@ -56,6 +64,7 @@ class JobRow(Base):
     error: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
     environment: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     revision: Mapped[int] = mapped_column(Integer)
+    sequence: Mapped[int] = mapped_column(BigInteger)  # number of the last event
     upload: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the file that an analysis is of
     parent: Mapped[str | None] = mapped_column(String(36), ForeignKey("jobs.id"))
 
@@ -68,9 +77,11 @@ class EpochRow(Base):
     """Losses and R² of one recorded epoch; null where there is no validation set or a target is constant."""
 
     __tablename__ = "epochs"
+    __table_args__ = (Index("epochs_in_order", "job_id", "sequence"),)
 
     job_id: Mapped[str] = _job_key()
     epoch: Mapped[int] = mapped_column(Integer, primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger)  # among the job's events
     train_loss: Mapped[float]
     validation_loss: Mapped[float | None]
     train_r2: Mapped[float | None]
@@ -143,3 +154,32 @@ class ManifestRow(Base):
 
     job_id: Mapped[str] = _job_key()
     manifest: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class EventRow(Base):
+    """A change of a job's status; what else there is to say of it is on the job."""
+
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = _job_key()
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    name: Mapped[EventName] = mapped_column(String(12))
+    at: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[Status] = mapped_column(String(12))
+    attempt: Mapped[int] = mapped_column(Integer)
+
+
+class DeliveryRow(Base):
+    """One message to the webhook of a job: not before `next_at`, and how each attempt went in `log`."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (Index("deliveries_due", "state", "next_at"), Index("deliveries_by_job", "job_id"))
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(36), ForeignKey("jobs.id", ondelete="CASCADE"))
+    event: Mapped[Status] = mapped_column(String(12))
+    state: Mapped[DeliveryState] = mapped_column(String(10))
+    attempts: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    next_at: Mapped[int] = mapped_column(BigInteger)
+    log: Mapped[list[dict[str, Any]]] = mapped_column(JSON)

@@ -1,0 +1,60 @@
+"""What has happened to a job, in order: a number for each change of its status and for each recorded epoch.
+
+The numbers of one job only grow, and are taken under the lock on its row: whoever has read one has read all before it.
+An epoch that an attempt forgets takes its number along; recorded again it gets a later one.
+"""
+
+from collections.abc import Collection
+
+from sqlalchemy import Update, insert, select, update
+from sqlalchemy.orm import Session
+
+from service.store.clock import now
+from service.store.deliveries import owe
+from service.store.tables import EpochRow, EventName, EventRow, JobRow, Status
+
+NAMES: dict[Status, tuple[EventName, ...]] = {
+    "succeeded": ("completed",),
+    "canceled": ("completed",),
+    "failed": ("error", "completed"),
+}
+
+
+def change(session: Session, statement: Update) -> list[JobRow]:
+    """Run an UPDATE that changes the status of jobs, and record what follows from it; the answer has those changed."""
+    fresh = {"populate_existing": True, "synchronize_session": False}
+    rows = list(session.scalars(statement.returning(JobRow), execution_options=fresh))
+    for row in rows:
+        record_status(session, row)
+    return rows
+
+
+def record_status(session: Session, row: JobRow) -> None:
+    """Record the status that a job has just got: its events, and at its end what its webhook is owed."""
+    names = NAMES.get(row.status, ("status",))
+    first = reserve(session, row.id, len(names))
+    event = {"job_id": row.id, "at": now(), "status": row.status, "attempt": row.attempt}
+    session.execute(insert(EventRow), [{**event, "sequence": first + i, "name": name} for i, name in enumerate(names)])
+    owe(session, row)
+
+
+def reserve(session: Session, job_id: str, count: int) -> int:
+    """Take the job's next `count` numbers; the answer is the first of them."""
+    take = update(JobRow).where(JobRow.id == job_id).values(sequence=JobRow.sequence + count)
+    taken = take.returning(JobRow.sequence).execution_options(synchronize_session=False)
+    return session.execute(taken).scalar_one() - count + 1
+
+
+def events_after(session: Session, job_id: str, after: int, limit: int) -> list[EventRow | EpochRow]:
+    """The first `limit` events with larger numbers, in order."""
+    found: list[EventRow | EpochRow] = []
+    for table in (EventRow, EpochRow):
+        query = select(table).where(table.job_id == job_id, table.sequence > after)
+        found += session.scalars(query.order_by(table.sequence).limit(limit))
+    return sorted(found, key=lambda row: row.sequence)[:limit]
+
+
+def last_numbers(session: Session, ids: Collection[str]) -> dict[str, int]:
+    """Job → number of its last event, of those jobs that exist."""
+    query = select(JobRow.id, JobRow.sequence).where(JobRow.id.in_(ids))
+    return dict(session.execute(query).all())
