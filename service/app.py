@@ -1,10 +1,11 @@
 """The application: routers, the error table, the edge, start and end."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
@@ -15,14 +16,26 @@ from service.drawing import Drawing
 from service.edge import Edge
 from service.http import declared_query
 from service.monitoring import Requests, StoreCollector, new_registry
-from service.routes import analyses, analysis_views, compression, experiments, factors, meta, metrics, spectrum, weights
+from service.routes import (
+    analyses,
+    analysis_views,
+    compression,
+    events,
+    experiments,
+    factors,
+    meta,
+    metrics,
+    spectrum,
+    weights,
+)
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
 from service.store import Database
+from service.streams import Streams
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
-ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, meta)
+ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, events, meta)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -66,14 +79,25 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     database = store.connect(settings)
     store.migrate(database, settings)
     _sweep(settings, database)
-    drawing = Drawing(settings.data, settings.cache_limit)
-    app.state.context = Context(settings, database, drawing)
+    drawing, streams = Drawing(settings.data, settings.cache_limit), Streams(database, settings.stream_limit)
+    app.state.context = Context(settings, database, drawing, streams)
     app.state.registry.register(StoreCollector(settings, database))
     try:
-        yield
+        async with _running(streams.run()):
+            yield
     finally:
         drawing.close()
         database.engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def _running(*endless: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Let these tasks run meanwhile."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in endless]
+        yield
+        for task in tasks:
+            task.cancel()
 
 
 def _sweep(settings: Settings, database: Database) -> None:

@@ -10,15 +10,17 @@ from service.drawing import Drawing
 from service.http import json_body, json_only
 from service.settings import Settings
 from service.store import Database
+from service.streams import Streams
 
 
 @dataclass(frozen=True)
 class Context:
-    """Settings, database and drawing process of this application, and for whom a request is."""
+    """Settings, database, drawing process and event streams of this application, and for whom a request is."""
 
     settings: Settings
     database: Database
     drawing: Drawing
+    streams: Streams
     owner: str = PUBLIC
     in_flight: dict[str, object] = field(default_factory=dict)  # who holds which scope of an Idempotency-Key
 

@@ -48,8 +48,9 @@ class Edge:
         except RankscopeError as error:
             await problem_response(Request(scope), error)(scope, receive, send)
             return
+        scope["state"]["is_head"] = scope["method"] == "HEAD"
         if scope["method"] == "HEAD":
-            # The server leaves the body of a HEAD out; routes need not know of it.
+            # The server leaves the body of a HEAD out; routes need not know of it unless their answer has no end.
             scope = {**scope, "method": "GET"}
         await self.app(scope, receive, send_with_headers)
 

@@ -12,6 +12,7 @@ RankscopeError
 ├── HostNotAllowed
 ├── Unauthorized             no key of ours came with the request
 ├── RateLimited              more requests than one caller may send
+├── TooManyStreams           as many event streams are open as may be
 ├── RequestTimeout           the rest of the request did not come
 ├── NotFound
 ├── MethodNotAllowed
@@ -109,6 +110,10 @@ class Unauthorized(RankscopeError):
 
 class RateLimited(RankscopeError):
     """The caller sends more requests than the settings allow."""
+
+
+class TooManyStreams(RankscopeError):
+    """As many event streams are open in this process as may be."""
 
 
 class RequestTimeout(RankscopeError):

@@ -130,6 +130,12 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     ),
     errors.QueueFull: Problem("queue-full", 429, "The queue is full", "Wait as Retry-After says."),
     errors.RateLimited: Problem("rate-limited", 429, "Too many requests", "Wait as Retry-After says."),
+    errors.TooManyStreams: Problem(
+        "too-many-streams",
+        429,
+        "Too many event streams are open",
+        "Close one, wait as Retry-After says, or read pages of JSON.",
+    ),
     errors.RankscopeError: Problem(
         "internal-error", 500, "Something unexpected happened", "Report it with the request id; it is in our log."
     ),
@@ -141,7 +147,13 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
 }
 BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
 POSTGRES_DISK_FULL = "53100"
-RETRY_AFTER_S = {"idempotency-in-progress": 1, "queue-full": 10, "database-unavailable": 5, "draining": 5}
+RETRY_AFTER_S = {
+    "idempotency-in-progress": 1,
+    "queue-full": 10,
+    "too-many-streams": 10,
+    "database-unavailable": 5,
+    "draining": 5,
+}
 HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "

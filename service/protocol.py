@@ -2,7 +2,8 @@
 
 A request's head must be whole `header_s` after its first byte (or after the connection), and its body must never be
 silent for `body_s`. Who passes a deadline is answered 408 where an answer can still be given, and is closed. A body
-that nobody wants any more, because the answer has gone out, may follow for `header_s`.
+that nobody wants any more, because the answer has gone out, may follow for `header_s`. A client that takes nothing of
+what is there for it for `answer_s` is cut off.
 """
 
 import asyncio
@@ -21,7 +22,9 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     header_s = 10.0
     body_s = 30.0
+    answer_s = 30.0
     _timer: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
     _in_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -32,7 +35,20 @@ class ImpatientProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
         self._stop()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not take what is there for it."""
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        """Go on: it has taken most of it."""
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -72,6 +88,16 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._stop()
         self._timer = self.loop.call_later(self.body_s, self._body_is_late)
 
+    def _wait_for_reader(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._reader = self.loop.call_later(self.answer_s, self._reader_is_late, waiting)
+
+    def _reader_is_late(self, waiting: int) -> None:
+        if self.transport.get_write_buffer_size() < waiting:
+            self._wait_for_reader()  # It is slow, but it reads.
+        else:
+            self.transport.abort()  # Nothing that is written now would arrive.
+
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -99,5 +125,5 @@ class ImpatientProtocol(HttpToolsProtocol):
 
 def protocol_of(settings: Settings) -> type[ImpatientProtocol]:
     """The protocol with the deadlines of the settings: uvicorn makes its own objects of it."""
-    deadlines = {"header_s": settings.header_s, "body_s": settings.body_s}
+    deadlines = {"header_s": settings.header_s, "body_s": settings.body_s, "answer_s": settings.answer_s}
     return type("Protocol", (ImpatientProtocol,), deadlines)

@@ -80,10 +80,11 @@ class Server(uvicorn.Server):
         self._workers = workers
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop: workers give their jobs back, and nobody waits for pictures any more."""
+        """Stop: workers give their jobs back, and nobody waits for pictures or events any more."""
         self._workers.stop()
         if (context := getattr(self._app.state, "context", None)) is not None:
             context.drawing.close_soon()
+            context.streams.close_soon()
         super().handle_exit(sig, frame)
 
 

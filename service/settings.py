@@ -67,10 +67,12 @@ class Settings(BaseSettings):
         0, ge=0, description="Bytes of memory one job may take, beyond what its process starts with; 0: no limit"
     )
     queue_limit: int = Field(1000, ge=1, le=10**6, description="Jobs that may wait in the queue")
+    stream_limit: int = Field(64, ge=1, le=10_000, description="Event streams that one process keeps open")
     body_limit: int = Field(64 << 10, ge=1024, le=16 * MIB, description="Bytes of a JSON body")
     upload_limit: int = Field(2 * GIB, ge=1024, description="Bytes of an uploaded file")
     header_s: float = Field(10.0, ge=0.05, le=600, description="Seconds in which a request's headers must have come")
     body_s: float = Field(30.0, ge=0.05, le=600, description="Seconds that a request's body may be silent")
+    answer_s: float = Field(30.0, ge=0.05, le=600, description="Seconds that a client may take nothing of an answer")
     side_limit: int = Field(16_384, ge=1, le=65_536, description="Rows or columns of an uploaded matrix")
     entry_limit: int = Field(134_217_728, ge=1, le=2**31, description="Entries of an uploaded matrix")
     member_limit: int = Field(256, ge=1, le=10_000, description="Members of an uploaded .npz")

@@ -1,7 +1,7 @@
 """A job's row as the JSON that clients see. The client reads it by the same models, and needs no database for that."""
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -91,6 +91,23 @@ class FactorsList(BaseModel):
 
     object: str = "list"
     data: list[Factors]
+    has_more: bool
+    next: str | None
+
+
+class Event(BaseModel):
+    """Something that has happened to a job; its number only grows."""
+
+    id: int = Field(description="for `after` and Last-Event-ID")
+    event: Literal["status", "epoch", "error", "completed"]
+    data: dict[str, Any]
+
+
+class EventList(BaseModel):
+    """A page of events; `next` is the number for `after`."""
+
+    object: str = "list"
+    data: list[Event]
     has_more: bool
     next: str | None
 

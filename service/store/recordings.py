@@ -46,13 +46,14 @@ def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
     What is stored already stays as it is, and its number too: it was recorded by an earlier attempt, or by a commit of
     which nobody knew whether it had come through.
     """
-    again = EpochRange(epochs[0].epoch, epochs[-1].epoch) if epochs else EpochRange()
-    stored = set(recorded_epochs(session, token.job_id, again))
-    epochs = [epoch for epoch in epochs if epoch.epoch not in stored]
     if not epochs:
         return
-    first = reserve(session, token.job_id, len(epochs))
-    numbered = [{"sequence": first + i, **_losses(epoch)} for i, epoch in enumerate(epochs)]
+    stored = set(recorded_epochs(session, token.job_id, EpochRange(epochs[0].epoch, epochs[-1].epoch)))
+    new = [epoch for epoch in epochs if epoch.epoch not in stored]
+    if not new:
+        return
+    first = reserve(session, token.job_id, len(new))
+    numbered = [{"sequence": first + i, **_losses(epoch)} for i, epoch in enumerate(new)]
     session.execute(insert(EpochRow), [{"job_id": token.job_id, **epoch} for epoch in numbered])
     rows = [
         {
@@ -62,7 +63,7 @@ def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
             "weights": to_blob(weights),
             "updates": to_blob(updates),
         }
-        for epoch in epochs
+        for epoch in new
         for layer, (weights, updates) in epoch.spectra.items()
     ]
     session.execute(insert(SpectrumRow), rows)
