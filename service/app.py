@@ -20,6 +20,7 @@ from service.routes import (
     analyses,
     analysis_views,
     compression,
+    deliveries,
     events,
     experiments,
     factors,
@@ -33,9 +34,22 @@ from service.settings import Settings
 from service.store import Database
 from service.streams import Streams
 from service.watch import Watch
+from service.webhooks import Sender
 
 log = logging.getLogger(__name__)
-ROUTERS = (experiments, spectrum, metrics, compression, weights, analyses, analysis_views, factors, events, meta)
+ROUTERS = (
+    experiments,
+    spectrum,
+    metrics,
+    compression,
+    weights,
+    analyses,
+    analysis_views,
+    factors,
+    events,
+    deliveries,
+    meta,
+)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -83,7 +97,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.context = Context(settings, database, drawing, streams)
     app.state.registry.register(StoreCollector(settings, database))
     try:
-        async with _running(streams.run()):
+        async with _running(streams.run(), Sender(settings, database).run()):
             yield
     finally:
         drawing.close()

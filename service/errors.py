@@ -28,6 +28,7 @@ RankscopeError
 ├── Draining                 the server is about to stop
 ├── MalformedMultipart       the body is not the multipart/form-data with one file that it says it is
 ├── TorchDisabled            the operator has not allowed .pt files
+├── AddressRefused           a webhook's URL leads where none may go
 ├── DatabaseUnusable         at start: damaged, read-only, newer than this program
 ├── AddressUnusable          at start: a worker's metrics cannot be shown where the settings say
 ├── EngineUnusable           at start: jobs cannot run where the settings say
@@ -174,6 +175,10 @@ class MalformedMultipart(RankscopeError):
 
 class TorchDisabled(RankscopeError):
     """The operator has not allowed PyTorch checkpoints."""
+
+
+class AddressRefused(RankscopeError):
+    """A URL that is none, or leads where nothing is sent; `detail` goes on after the URL's name."""
 
 
 class DatabaseUnusable(RankscopeError):

@@ -29,6 +29,7 @@ WEIGHT_DTYPE = "float32"  # in which every network is trained and stored
 TAG_KEY = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"  # without a colon, which splits `tag=key:value`
 
 Status = Literal["queued", "running", "canceling", "succeeded", "failed", "canceled"]
+DeliveryState = Literal["pending", "delivered", "failed"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
 Target = Literal["tanh", "relu", "identity"]
 Activation = Literal["tanh", "relu", "sigmoid", "identity"]
@@ -38,6 +39,7 @@ Priority = Literal["low", "normal", "high"]
 RuleOrAll = Literal[compression.RuleName, "all"]
 RuleOrBudget = Literal[compression.RuleName, "global_budget"]
 PresetName = Literal["memo", "memo-adamw", "small-init", "raw-relu", "no-decay"]
+Ending = Literal["succeeded", "failed", "canceled"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 
@@ -108,6 +110,15 @@ class RecordSpec(Strict):
     layers: Literal["all"] | list[Annotated[str, StringConstraints(max_length=3)]] = "all"
 
 
+class WebhookSpec(Strict):
+    """Where to tell of the experiment's end, and of which ends."""
+
+    url: Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(_printable)] = Field(
+        description="http or https, to a public address, without a password", json_schema_extra={"format": "uri"}
+    )
+    events: list[Ending] = Field(["succeeded", "failed", "canceled"], min_length=1, max_length=3)
+
+
 class ExperimentSpec(Strict):
     """What to train. Every field is optional; a preset is a base that the other fields override."""
 
@@ -117,7 +128,7 @@ class ExperimentSpec(Strict):
     seed: Seed = 0
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
     priority: Priority = "normal"
-    webhook: None = Field(None, description="webhooks are not offered yet: null only")
+    webhook: WebhookSpec | None = Field(None, description="gets a signed message when the experiment ends")
     data: DataSpec = DataSpec()
     network: NetworkSpec = NetworkSpec()
     training: TrainingSpec = TrainingSpec()

@@ -16,16 +16,22 @@ from service.uploads import Limits, Matricize
 MIB, GIB = 1 << 20, 1 << 30
 KEY_ENTRY = r"[a-z0-9][a-z0-9_-]{0,63}:[0-9a-f]{64}"
 ADDRESS = r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
+SIGNING_KEY = r"whsec_[A-Za-z0-9+/]{32,86}={0,2}"
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 Metrics = Literal["on", "open", "off"]
 Engine = Literal["local", "ray"]
 
 
+def _split(value: str) -> list[str]:
+    """The entries of a list with commas."""
+    return [entry.strip() for entry in value.split(",") if entry.strip()]
+
+
 class Settings(BaseSettings):
     """What an operator can choose."""
 
-    model_config = SettingsConfigDict(env_prefix="RANKSCOPE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="RANKSCOPE_", frozen=True, hide_input_in_errors=True)
 
     data: Path = Field(Path("data"), description="Folder of the database, the weights and the cached pictures")
     database_url: str = Field("", description="SQLAlchemy URL of the database; empty: SQLite in the data folder")
@@ -80,6 +86,18 @@ class Settings(BaseSettings):
     tensor_limit: int = Field(10_000, ge=1, le=100_000, description="Tensors of an uploaded checkpoint")
     torch_files: bool = Field(False, description="Take PyTorch checkpoints (.pt, .pth), read with weights_only=True")
     free_disk: int = Field(256 * MIB, ge=0, description="Bytes of disk kept free; below it new jobs are refused")
+    webhook_secret: str = Field(
+        "",
+        repr=False,
+        description="Secret that signs webhooks, whsec_ and base64; of several, comma separated, each signs; "
+        "empty: webhooks are refused",
+    )
+    webhook_private: bool = Field(False, description="Let webhooks go to addresses that are not public")
+    webhook_s: float = Field(10.0, ge=0.05, le=300, description="Seconds that the receiver of a webhook has to answer")
+    webhook_attempts: int = Field(8, ge=1, le=20, description="Attempts to deliver a webhook, before it is given up")
+    webhook_wait_s: float = Field(
+        5.0, ge=0.01, le=3600, description="Seconds before the second attempt; each later wait is four times as long"
+    )
     log_level: LogLevel = Field("info", description="Least severity that is logged: debug, info, warning, error")
     log_format: LogFormat = Field("auto", description="Form of the log: json, console, or auto: console on a terminal")
     metrics: Metrics = Field(
@@ -101,11 +119,18 @@ class Settings(BaseSettings):
     @field_validator("api_keys")
     @classmethod
     def _keys_are_fingerprints(cls, value: str) -> str:
-        entries = [entry.strip() for entry in value.split(",") if entry.strip()]
+        entries = _split(value)
         if not all(re.fullmatch(KEY_ENTRY, entry) for entry in entries):
             raise ValueError("each entry is name:SHA-256 in hexadecimal; `rankscope key NAME` makes one")
         if len({entry.partition(":")[0] for entry in entries}) < len(entries):
             raise ValueError("each key needs a name of its own")
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _secrets_are_long(cls, value: str) -> str:
+        if not all(re.fullmatch(SIGNING_KEY, secret) for secret in _split(value)):
+            raise ValueError("each secret is whsec_ and the base64 of 24 to 64 random bytes")
         return value
 
     @field_validator("rate_limit")
@@ -147,7 +172,12 @@ class Settings(BaseSettings):
     @property
     def keys(self) -> dict[str, str]:
         """Name → SHA-256 of each API key."""
-        return dict(entry.strip().split(":") for entry in self.api_keys.split(",") if entry.strip())
+        return dict(entry.split(":") for entry in _split(self.api_keys))
+
+    @property
+    def webhook_secrets(self) -> list[str]:
+        """The secrets that sign webhooks; none: there are no webhooks."""
+        return _split(self.webhook_secret)
 
     @property
     def worker_metrics_address(self) -> tuple[str, int] | None:

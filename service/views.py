@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.schemas import TERMINAL, ExperimentSpec, FactorsSpec, Status
+from service.http import etag
+from service.schemas import TERMINAL, DeliveryState, ExperimentSpec, FactorsSpec, Status
 from service.uploads import Format, Matricize
 
 if TYPE_CHECKING:
-    from service.store import JobRow
+    from service.store import DeliveryRow, JobRow
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -112,6 +113,36 @@ class EventList(BaseModel):
     next: str | None
 
 
+class Attempt(BaseModel):
+    """One try to deliver: the status of the answer, or why there was none."""
+
+    at: datetime
+    status: int | None
+    error: str | None
+    seconds: float
+
+
+class Delivery(BaseModel):
+    """One message to a webhook; `id` is its `webhook-id`."""
+
+    id: str
+    type: str = Field(description="<kind of the job>.<status that it ended with>")
+    state: DeliveryState
+    attempts: int
+    created_at: datetime
+    next_at: datetime | None = Field(description="when it is sent again; null unless it is pending")
+    log: list[Attempt]
+
+
+class DeliveryList(BaseModel):
+    """All messages to the webhook of one job."""
+
+    object: str = "list"
+    data: list[Delivery]
+    has_more: bool
+    next: str | None
+
+
 class ExperimentList(BaseModel):
     """A page of experiments; `next` is the cursor for `after`."""
 
@@ -164,6 +195,19 @@ def factors(row: "JobRow", manifest: dict[str, Any] | None) -> dict[str, Any]:
     return {**job(row), "analysis": row.parent, "request": row.spec["request"], "manifest": manifest}
 
 
+def delivery(row: JobRow, owed: DeliveryRow) -> dict[str, Any]:
+    """What a job's webhook was or is owed as a Delivery, ready for JSON."""
+    return {
+        "id": owed.id,
+        "type": f"{row.kind}.{owed.event}",
+        "state": owed.state,
+        "attempts": owed.attempts,
+        "created_at": timestamp(owed.created_at),
+        "next_at": timestamp(owed.next_at) if owed.state == "pending" else None,
+        "log": owed.log,
+    }
+
+
 def timestamp(microseconds: int | None) -> str | None:
     """RFC 3339 in UTC."""
     if microseconds is None:
@@ -177,7 +221,6 @@ def validators(row: "JobRow", *parts: object) -> dict[str, str]:
 
     Computed without reading the recording, which can only grow while the job is not over.
     """
-    from service.http import etag  # noqa: PLC0415  (FastAPI, which a client does without)
 
     over = row.status in TERMINAL
     return {

@@ -78,7 +78,7 @@ def test_the_job_of_one_key_is_not_found_with_another(guarded: Guarded) -> None:
     done = guarded.alice.post("/experiments", json=spec, headers={"prefer": "wait=30"})
     assert done.status_code == 200
     path = done.headers["location"]
-    for view in ("", "/spectrum", "/metrics", "/compression", "/weights", "/events"):
+    for view in ("", "/spectrum", "/metrics", "/compression", "/weights", "/events", "/deliveries"):
         assert guarded.alice.get(path + view).status_code == 200
         problem(guarded.bob.get(path + view), 404, "not-found")
     problem(guarded.bob.patch(path, json={"name": "bob's"}), 404, "not-found")

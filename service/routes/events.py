@@ -22,7 +22,7 @@ router = APIRouter(tags=["events"])
 FORMATS = {"sse": "text/event-stream", "json": "application/json"}
 LARGEST = 2**63 - 1
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": views.EventList, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"model": views.EventList, "content": {"text/event-stream": {}}},
     204: {"description": "The job is over and Last-Event-ID is its last event: a browser stops asking"},
     **NOT_MODIFIED,
 }

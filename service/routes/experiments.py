@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any
 
+from anyio import from_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from service import jobs, listing, openapi, store, views
+from service import jobs, listing, openapi, store, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, InvalidState, PreconditionFailed
 from service.http import matches
@@ -67,6 +68,7 @@ def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
         return jobs.read(here, KIND, earlier)
     spec = resolve(body)
     _check_device(spec.device, here.settings.device_names)
+    from_thread.run(webhooks.check, here.settings, spec.webhook)
     jobs.check_disk(here)
     job = {
         "kind": KIND,

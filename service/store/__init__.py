@@ -3,13 +3,12 @@
 Whoever calls a verb owns the transaction: `with database.write.begin() as session: store.create_job(session, …)`.
 """
 
-from service.schemas import TERMINAL, Status
+from service.schemas import TERMINAL, DeliveryState, Status
+from service.store.clock import now
 from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
-from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
-from service.store.database import Database, connect, migrate
 from service.store.deliveries import Claimed, any_due, claim_delivery, deliveries, settle
 from service.store.events import events_after, last_numbers
-from service.store.health import count_jobs, sizes
+from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
     Page,
@@ -20,7 +19,6 @@ from service.store.jobs import (
     get_job,
     list_jobs,
     missing,
-    new_id,
     over,
     rename_job,
 )
@@ -51,18 +49,7 @@ from service.store.recordings import (
     spectra,
     spectra_of_layers,
 )
-from service.store.tables import (
-    TERMINAL,
-    DeliveryRow,
-    DeliveryState,
-    EpochRow,
-    EventRow,
-    JobRow,
-    Status,
-    TensorRow,
-    new_id,
-)
-from service.store.tables import JobRow, TensorRow
+from service.store.tables import DeliveryRow, EpochRow, EventRow, JobRow, TensorRow, new_id
 from service.store.tensors import (
     Found,
     add_manifest,
@@ -129,6 +116,7 @@ __all__ = [
     "migrate",
     "missing",
     "new_id",
+    "now",
     "outcome",
     "over",
     "pending",

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
+from service.schemas import TERMINAL, DeliveryState
 from service.store.clock import now
-from service.store.tables import TERMINAL, DeliveryRow, DeliveryState, JobRow, new_id
+from service.store.tables import DeliveryRow, JobRow, new_id
 
 SECOND = 10**6
 LONGEST_S = 24 * 60 * 60  # No wait is longer: one that seems to be is of a clock that was put back.

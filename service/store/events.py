@@ -9,9 +9,10 @@ from collections.abc import Collection
 from sqlalchemy import Update, insert, select, update
 from sqlalchemy.orm import Session
 
+from service.schemas import Status
 from service.store.clock import now
 from service.store.deliveries import owe
-from service.store.tables import EpochRow, EventName, EventRow, JobRow, Status
+from service.store.tables import EpochRow, EventName, EventRow, JobRow
 
 NAMES: dict[Status, tuple[EventName, ...]] = {
     "succeeded": ("completed",),

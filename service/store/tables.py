@@ -10,11 +10,10 @@ import uuid6
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from service.schemas import Status
+from service.schemas import DeliveryState, Status
 
 TensorStatus = Literal["pending", "analysed", "skipped"]
 EventName = Literal["status", "error", "completed"]
-DeliveryState = Literal["pending", "delivered", "failed"]
 Count = BigInteger().with_variant(Integer, "sqlite")  # SQLite's integers have 64 bits anyway.
 
 
