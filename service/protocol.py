@@ -16,6 +16,8 @@ from service.errors import RequestTimeout
 from service.problems import problem_response
 from service.settings import Settings
 
+LAST_CALL_S = 1.0  # Less than the server gives all that goes on when it stops.
+
 
 class ImpatientProtocol(HttpToolsProtocol):
     """A connection with one timer: for the head, or for the next bytes of the body, or none while we work."""
@@ -41,7 +43,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not take what is there for it."""
         super().pause_writing()
-        self._wait_for_reader()
+        self._wait_for_reader(self.answer_s)
 
     def resume_writing(self) -> None:
         """Go on: it has taken most of it."""
@@ -49,6 +51,13 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._reader.cancel()
             self._reader = None
         super().resume_writing()
+
+    def shutdown(self) -> None:
+        """The server stops: a client that takes nothing has a moment to begin."""
+        super().shutdown()
+        if self._reader is not None:
+            self._reader.cancel()
+            self._wait_for_reader(min(self.answer_s, LAST_CALL_S))
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -88,13 +97,13 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._stop()
         self._timer = self.loop.call_later(self.body_s, self._body_is_late)
 
-    def _wait_for_reader(self) -> None:
+    def _wait_for_reader(self, seconds: float) -> None:
         waiting = self.transport.get_write_buffer_size()
-        self._reader = self.loop.call_later(self.answer_s, self._reader_is_late, waiting)
+        self._reader = self.loop.call_later(seconds, self._reader_is_late, waiting)
 
     def _reader_is_late(self, waiting: int) -> None:
         if self.transport.get_write_buffer_size() < waiting:
-            self._wait_for_reader()  # It is slow, but it reads.
+            self._wait_for_reader(self.answer_s)  # It is slow, but it reads.
         else:
             self.transport.abort()  # Nothing that is written now would arrive.
 
