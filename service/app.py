@@ -27,12 +27,14 @@ from service.routes import (
     meta,
     metrics,
     spectrum,
+    sweeps,
     weights,
 )
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.settings import Settings
 from service.store import Database
 from service.streams import Streams
+from service.sweeps import SweepSpec
 from service.watch import Watch
 from service.webhooks import Sender
 
@@ -43,6 +45,7 @@ ROUTERS = (
     metrics,
     compression,
     weights,
+    sweeps,
     analyses,
     analysis_views,
     factors,
@@ -79,7 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     templates = [(re.compile("^/openapi.json$"), "/openapi.json")]
     templates += [(route.path_regex, route.path_format) for route in _routes()]
     app.add_middleware(Watch, templates=templates, requests=Requests(app.state.registry))
-    openapi.describe(app, _routes(), (ExperimentSpec, experiments.LabelChanges, FactorsSpec))
+    openapi.describe(app, _routes(), (ExperimentSpec, experiments.LabelChanges, FactorsSpec, SweepSpec))
     return app
 
 

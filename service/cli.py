@@ -102,6 +102,8 @@ def serve(
         _check_worker_extra()
     if workers > 1 and (settings.worker_metrics_address or ("", 0))[1]:
         raise _stop(USAGE, f"{workers} workers cannot share RANKSCOPE_WORKER_METRICS={settings.worker_metrics}: port 0")
+    at_once = max(settings.sweep_batches, workers * settings.jobs)
+    settings = settings.model_copy(update={"sweep_batches": min(at_once, 1024)})
     _prepare(settings)
     from service.serving import serve as run  # noqa: PLC0415
 

@@ -207,6 +207,11 @@ class JobFailed(RankscopeError):
     kind = "internal-error"
     title = "The job stopped on an unexpected error"
 
+    @property
+    def told(self) -> dict[str, str]:
+        """The error as the job's answer holds it."""
+        return {"type": self.kind, "title": self.title, "detail": self.detail}
+
 
 class DeviceUnavailable(JobFailed):
     """The settings offer a device that the worker does not have."""

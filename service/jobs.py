@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from service import files, store
 from service.context import Context
-from service.errors import StorageFull
+from service.errors import BadRequestValue, StorageFull
 from service.http import etag, matches
 from service.idempotency import Once
 from service.representations import to_json
@@ -82,6 +82,14 @@ def check_disk(here: Context, coming: int = 0) -> None:
     free, reserve = files.free_bytes(here.settings.data) - coming, here.settings.free_disk
     if free < reserve:
         raise StorageFull(f"{max(free, 0)} bytes of disk would be free, {reserve} are kept in reserve; delete old jobs")
+
+
+def check_device(here: Context, device: str) -> None:
+    """Raise BadRequestValue for a device that no worker has."""
+    offered = here.settings.device_names
+    has_cuda = any(name.startswith("cuda") for name in offered)
+    if not (device in {"auto", *offered} or (device == "cuda" and has_cuda)):
+        raise BadRequestValue("/device", device, f"this deployment offers {', '.join(offered)}")
 
 
 def preference(request: Request, default_s: float) -> tuple[float, dict[str, str]]:

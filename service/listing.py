@@ -36,8 +36,19 @@ def answer(
     here: Context, request: Request, kind: str, query: ListQuery, view: Callable[[store.JobRow], dict[str, Any]]
 ) -> Response:
     """A page of the jobs of one kind, each shown by `view`, with the cursor of the next page and a Link to it."""
+    return page(request, query, rows(here, kind, query), view)
+
+
+def rows(here: Context, kind: str, query: ListQuery) -> list[store.JobRow]:
+    """The page's jobs, and one more where there are more."""
     with here.database.read.begin() as session:
-        rows = store.list_jobs(session, kind, here.owner, _page(query))
+        return store.list_jobs(session, kind, here.owner, _page(query))
+
+
+def page(
+    request: Request, query: ListQuery, rows: list[store.JobRow], view: Callable[[store.JobRow], dict[str, Any]]
+) -> Response:
+    """The answer for the rows of a page."""
     shown = rows[: query.limit]
     more = len(rows) > query.limit
     cursor = _cursor(shown[-1]) if more else None

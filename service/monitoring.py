@@ -52,13 +52,12 @@ class StoreCollector(Collector):
         """One reading."""
         try:
             with self._database.read.begin() as session:
-                counts, sizes = store.count_jobs(session), store.sizes(session)
+                counts, sizes, depth = store.count_jobs(session), store.sizes(session), store.count_waiting(session)
         except SQLAlchemyError:
             yield GaugeMetricFamily("rankscope_database_up", "Whether the database answers", value=0)
         else:
             yield GaugeMetricFamily("rankscope_database_up", "Whether the database answers", value=1)
             yield _jobs(counts)
-            depth = sum(n for (_, status), n in counts.items() if status == "queued")
             yield GaugeMetricFamily("rankscope_queue_depth", "Jobs that wait", value=depth)
             yield _labelled("rankscope_database_bytes", "Bytes of the database's files", "file", sizes)
         free = files.free_bytes(self._settings.data)

@@ -108,3 +108,59 @@ class Size:
     width: int = 640
     height: int = 400
     dpi: int = 100
+
+
+@dataclass(frozen=True, eq=False)
+class SweepLine:
+    """One setting's mean, least and greatest metric, each (n,), over `at`, rising; `name` may be empty."""
+
+    name: str
+    at: Array
+    mean: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True, eq=False)
+class SweepLines:
+    """A metric over a varied field; `ticks` names the places 0, 1, … of a field whose values are no numbers."""
+
+    title: str
+    x: str
+    metric: str
+    ticks: tuple[str, ...] | None
+    lines: tuple[SweepLine, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepHeat:
+    """A metric over two varied fields: (rows, columns), NaN where there is none."""
+
+    title: str
+    x: str
+    y: str
+    metric: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    values: Array
+
+
+@dataclass(frozen=True)
+class SweepChart:
+    """What a picture of members' spectra is of; the colours stand for the values of `field`."""
+
+    title: str
+    layer: str
+    field: str
+    scale: Scale = "linear"
+
+
+@dataclass(frozen=True, eq=False)
+class SweepSpectra:
+    """All members' s*_j, (frames, members, k), NaN where there is none; `colors` is each member's place in `groups`."""
+
+    chart: SweepChart
+    groups: tuple[str, ...]
+    colors: tuple[int, ...]
+    epochs: tuple[int, ...]
+    values: Array

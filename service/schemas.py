@@ -177,6 +177,16 @@ class ExperimentSpec(Strict):
         """Weights and biases of the network."""
         return sum(m * n + m * self.network.bias for m, n in self.shapes.values())
 
+    @property
+    def work(self) -> int:
+        """About the floating-point operations of training: 6·parameters·samples·epochs."""
+        return 6 * self.parameters * self.data.n_samples * self.training.epochs
+
+    @property
+    def recorded_values(self) -> int:
+        """Singular values that are kept, of W and of W − W₀."""
+        return 2 * sum(min(self.shapes[name]) for name in self.recorded_layers) * len(self.recorded_epochs)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "memo": {},
@@ -255,19 +265,19 @@ class _Budget(NamedTuple):
 def _check_budget(spec: ExperimentSpec) -> None:
     """The joint limits on memory, time and storage; each figure is what the worker would really spend."""
     data, parameters = spec.data, spec.parameters
-    work = 6 * parameters * data.n_samples * spec.training.epochs
     ranks = sum(min(shape) for shape in spec.shapes.values())
     cut_work = 2 * parameters * spec.n_validation * ranks
-    recorded = 2 * sum(min(spec.shapes[name]) for name in spec.recorded_layers) * len(spec.recorded_epochs)
     batch = 3 * min(spec.training.batch_size, spec.n_training) * sum(spec.widths[1:])
     values = data.n_samples * (data.n_features + data.n_targets)
     smaller = "take fewer or narrower layers"
     shorter = f"{smaller}, fewer samples or fewer epochs"
     for budget in (
         _Budget("parameters", parameters, PARAMETER_LIMIT, smaller),
-        _Budget("work (6·parameters·samples·epochs)", work, WORK_LIMIT, shorter),
+        _Budget("work (6·parameters·samples·epochs)", spec.work, WORK_LIMIT, shorter),
         _Budget("work of the cuts (2·parameters·validation samples·ranks)", cut_work, WORK_LIMIT, shorter),
-        _Budget("recorded values", recorded, RECORDED_LIMIT, "raise record.every or name fewer record.layers"),
+        _Budget(
+            "recorded values", spec.recorded_values, RECORDED_LIMIT, "raise record.every or name fewer record.layers"
+        ),
         _Budget("batch values (3·batch·outputs of all layers)", batch, DATA_LIMIT, "take a smaller batch"),
         _Budget("data values (samples·(features + targets))", values, DATA_LIMIT, "take fewer samples or features"),
     ):

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     )
     threads: int = Field(1, ge=1, le=256, description="BLAS threads of one job")
     jobs: int = Field(1, ge=1, le=256, description="Jobs one worker runs at a time; on Ray the cluster's room decides")
+    sweep_batches: int = Field(
+        1, ge=1, le=1024, description="Batches that a sweep is shared out over at least: the jobs that can run at once"
+    )
     poll_s: float = Field(0.1, ge=0.01, le=10, description="Seconds between a worker's looks at the queue")
     alive_file: Path | None = Field(None, description="File a worker touches at every heartbeat, for health checks")
     heartbeat_s: float = Field(1.0, ge=0.05, le=60, description="Seconds between a worker's heartbeats")

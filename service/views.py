@@ -1,5 +1,6 @@
 """A job's row as the JSON that clients see. The client reads it by the same models, and needs no database for that."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from service.http import etag
 from service.schemas import TERMINAL, DeliveryState, ExperimentSpec, FactorsSpec, Status
+from service.sweeps import value_of
 from service.uploads import Format, Matricize
 
 if TYPE_CHECKING:
@@ -53,6 +55,24 @@ class Experiment(Job):
     tags: dict[str, str]
     seed: int
     spec: ExperimentSpec = Field(description="resolved: preset, then the fields posted")
+    sweep: str | None = Field(description="id of the sweep that it is a member of")
+
+
+class SweepSummary(Job):
+    """A sweep without its members; progress counts the epochs of all of them."""
+
+    tags: dict[str, str]
+    base: dict[str, Any] = Field(description="as posted")
+    grid: dict[str, Any] = Field(description="as posted: dotted field → its values")
+    counts: dict[str, int] = Field(description="members by status")
+    batches: list[dict[str, Any]] = Field(description="members that are trained together, and what they share")
+    links: dict[str, str]
+
+
+class Sweep(SweepSummary):
+    """A sweep with its members, which are experiments, in the order of the grid: the last field varies fastest."""
+
+    members: list[dict[str, Any]]
 
 
 class Source(BaseModel):
@@ -152,6 +172,15 @@ class ExperimentList(BaseModel):
     next: str | None
 
 
+class SweepList(BaseModel):
+    """A page of sweeps; `next` is the cursor for `after`."""
+
+    object: str = "list"
+    data: list[SweepSummary]
+    has_more: bool
+    next: str | None
+
+
 class AnalysisList(BaseModel):
     """A page of analyses; `next` is the cursor for `after`."""
 
@@ -182,7 +211,21 @@ def job(row: "JobRow") -> dict[str, Any]:
 
 def experiment(row: "JobRow") -> dict[str, Any]:
     """The row as an Experiment, ready for JSON."""
-    return {**job(row), "tags": row.tags, "seed": row.spec["seed"], "spec": row.spec}
+    return {**job(row), "tags": row.tags, "seed": row.spec["seed"], "spec": row.spec, "sweep": row.parent}
+
+
+def sweep(row: "JobRow", counts: dict[str, int], done: int) -> dict[str, Any]:
+    """The row as a SweepSummary, ready for JSON."""
+    links = {"self": f"/sweeps/{row.id}", "summary": f"/sweeps/{row.id}/summary"}
+    shown = {name: row.spec[name] for name in ("base", "grid", "batches")}
+    progress = {"done": done, "total": row.total}
+    return {**job(row), "progress": progress, "tags": row.tags, **shown, "counts": counts, "links": links}
+
+
+def member(row: "JobRow", fields: Iterable[str]) -> dict[str, Any]:
+    """A member of a sweep in short: its id, status and varied fields."""
+    varied = {field: value_of(row.spec, field) for field in fields}
+    return {"id": row.id, "status": row.status, "varied": varied, "href": f"/experiments/{row.id}"}
 
 
 def analysis(row: "JobRow") -> dict[str, Any]:
@@ -195,7 +238,7 @@ def factors(row: "JobRow", manifest: dict[str, Any] | None) -> dict[str, Any]:
     return {**job(row), "analysis": row.parent, "request": row.spec["request"], "manifest": manifest}
 
 
-def delivery(row: JobRow, owed: DeliveryRow) -> dict[str, Any]:
+def delivery(row: "JobRow", owed: "DeliveryRow") -> dict[str, Any]:
     """What a job's webhook was or is owed as a Delivery, ready for JSON."""
     return {
         "id": owed.id,

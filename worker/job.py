@@ -15,13 +15,14 @@ from service.errors import JobFailed, LostJob
 from service.processes import end_with_parent
 from service.settings import Settings
 from service.store import Database, Token
-from worker import analysis, experiment, factors
+from worker import analysis, batch, experiment, factors
 from worker.memory import limit_memory, wanted
 from worker.recorder import Canceled, Drained, Recorder, Save
 
 log = logging.getLogger("worker.job")
 KINDS: dict[str, tuple[Callable[[Settings, Recorder, dict[str, Any]], None], Save]] = {
     "experiment": (experiment.run, store.add_epochs),
+    "batch": (batch.run, store.record_members),
     "analysis": (analysis.run, store.record_found),
     "factors": (factors.run, store.record_found),
 }
@@ -60,7 +61,7 @@ def _work(settings: Settings, database: Database, token: Token, kind: str, spec:
     except Canceled:
         recorder.end("canceled")
     except JobFailed as error:
-        recorder.end("failed", {"type": error.kind, "title": error.title, "detail": error.detail})
+        recorder.end("failed", error.told)
     except LostJob:
         raise
     except Exception as error:

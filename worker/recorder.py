@@ -18,7 +18,7 @@ from service.store import Database, Status, Token
 
 log = logging.getLogger("worker.recorder")
 COMMIT_S = 0.1
-WAITING_LIMIT = 256  # Findings held for a database that is away; a network's epoch may be a megabyte.
+WAITING_LIMIT = 256  # Findings, or epochs of networks, held for a database that is away; one may be a megabyte.
 LONGEST_PAUSE_S = 2.0
 Written = TypeVar("Written")
 Write = Callable[[Session, Token], None]
@@ -39,6 +39,7 @@ class Recorder:
     def __init__(self, database: Database, token: Token, save: Save) -> None:
         self.token = token
         self.draining = False  # Set from a signal handler; `stop_if_draining` heeds it.
+        self.at_once = 1  # Networks that one finding is of.
         self._database = database
         self._save = save
         self._waiting: list[Any] = []
@@ -73,7 +74,7 @@ class Recorder:
         self._done = done
         now = time.monotonic()
         took, self._added = now - self._added, now
-        if len(self._waiting) >= WAITING_LIMIT:
+        if len(self._waiting) * self.at_once >= WAITING_LIMIT:
             self._settle(self._insist(self._save_waiting))
         elif now + took - self._committed >= COMMIT_S:
             self._try_commit()
@@ -126,13 +127,8 @@ class Recorder:
         self._insist(finish)
 
     def write_file(self, path: Path, content: bytes) -> None:
-        """Write a file that the job cannot do without, in a folder that is made for it; wait while the disk is full."""
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, content)
-
-        patiently(write)
+        """Write a file that the job cannot do without, in a folder that is there; wait while the disk is full."""
+        patiently(lambda: files.write(path, content))
 
     def _insist(self, ask: Callable[[Session], Written], way: sessionmaker[Session] | None = None) -> Written:
         """Read or commit what the job cannot go on without, and wait while the database is away."""

@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 from service import files, store
 from service.settings import Settings
 from worker.recorder import Recorder
+from worker.trainer import Trainer
 
 log = logging.getLogger("worker.resume")
 COST_RATIO = 20  # At most a twentieth of the time goes into checkpoints.
@@ -35,16 +36,15 @@ class Checkpoints:
         self._number = 0
         self._last, self._pause = time.monotonic(), self._interval
 
-    def load(self) -> State | None:
-        """Where an earlier attempt has left off; None: at the start."""
+    def resume(self, trainer: Trainer) -> None:
+        """Go on where an earlier attempt has left off; where there is nothing to go on from, at the start."""
         name = self._recorder.read(lambda session: store.checkpoint_of(session, self._recorder.token.job_id))
         if name is None:
-            return None
+            return
         try:
-            return load((self._folder / name).read_bytes())
-        except (OSError, SafetensorError) as error:
-            log.warning("the checkpoint %s cannot be read, the job starts anew: %s", name, error)
-            return None
+            trainer.restore(load((self._folder / name).read_bytes()))
+        except (OSError, SafetensorError, ValueError) as error:
+            log.warning("the job starts anew, its checkpoint %s is of no use: %s", name, error)
 
     def offer(self, state: Callable[[], State]) -> None:
         """Keep the state if it is time to, or if the worker is to stop. Raises Drained, Canceled, LostJob."""

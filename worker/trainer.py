@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
+from service.sweeps import shared
 from worker.datasets import make_dataset
 from worker.networks import (
     Arrays,
@@ -213,24 +214,9 @@ def check_alike(members: Sequence[ExperimentSpec]) -> None:
     """Raise ValueError unless there are members and they share shapes and schedule."""
     if not members:
         raise ValueError("a batch needs at least one member")
-    first = _shared(members[0])
+    first = shared(members[0])
     for index, member in enumerate(members):
-        for name, value in _shared(member).items():
+        for name, value in shared(member).items():
             if value != first[name]:
                 message = f"members of a batch share shapes and schedule: {name} is {value!r} for member {index}"
                 raise ValueError(f"{message}, {first[name]!r} for member 0")
-
-
-def _shared(spec: ExperimentSpec) -> dict[str, object]:
-    training, network = spec.training, spec.network
-    return {
-        "widths": spec.widths,
-        "activation": network.activation,
-        "bias": network.bias,
-        "optimizer": training.optimizer,
-        "batch_size": training.batch_size,
-        "epochs": training.epochs,
-        "record.every": spec.record.every,
-        "n_training": spec.n_training,
-        "n_validation": spec.n_validation,
-    }

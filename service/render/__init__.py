@@ -6,9 +6,10 @@ settings changed; while a call runs, its settings and warning filter are the pro
 A user's text is drawn letter by letter, never as mathtext.
 """
 
-from service.render import budget, heatmap, layer, spectrum
+from service.render import budget, heatmap, layer, spectrum, sweeps
 from service.render.frame import stills
 from service.render.gif import spectrum_gif
+from service.render.sweep_gif import sweep_gif
 
 __all__ = [
     "budget_png",
@@ -20,9 +21,16 @@ __all__ = [
     "spectrum_gif",
     "spectrum_png",
     "spectrum_svg",
+    "sweep_gif",
+    "sweep_heat_png",
+    "sweep_lines_png",
+    "sweep_overlay_png",
 ]
 
 budget_png, budget_svg = stills(budget.lay_out)
 heatmap_png, heatmap_svg = stills(heatmap.lay_out)
 layer_png, layer_svg = stills(layer.lay_out)
 spectrum_png, spectrum_svg = stills(spectrum.lay_out)
+sweep_heat_png = stills(sweeps.lay_out_heat)[0]
+sweep_lines_png = stills(sweeps.lay_out_lines)[0]
+sweep_overlay_png = stills(sweeps.lay_out_spectra)[0]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image
 
 from service.pictures import Chart, Size, Spectrum
+from service.render.frame import Frame
 from service.render.spectrum import Scene, cells, coordinates, lay_out
 from service.render.style import GRID, INK, MUTED, PAPER, REFERENCE, SHADES, drawing, shades
 
@@ -25,8 +26,13 @@ def spectrum_gif(frames: Sequence[Spectrum], chart: Chart, size: Size | None = N
     """The memo's Figure 1: a frame for each spectrum, in order of epoch, over the first one; it loops for ever."""
     with drawing():
         scene = lay_out([frames[0], frames[-1]], chart, size, frames)
-        body = list(_encoded(_indexed(scene, frames), _durations(len(frames), fps)))
-    blank = Image.new("P", scene.canvas.get_width_height())
+        return encode(scene, _indexed(scene, frames), len(frames), fps)
+
+
+def encode(frame: Frame, drawn: Iterator[Bytes], count: int, fps: int) -> bytes:
+    """An endless GIF of pictures as palette indices, drawn on the frame's canvas one after another."""
+    body = list(_encoded(drawn, _durations(count, fps)))
+    blank = Image.new("P", frame.canvas.get_width_height())
     blank.putpalette(_palette()[0].tobytes())
     header, _ = GifImagePlugin.getheader(blank, info={"loop": 0})
     return b"".join([*header, *body, b";"])
@@ -48,7 +54,7 @@ def _indexed(scene: Scene, frames: Sequence[Spectrum]) -> Iterator[Bytes]:
     canvas.draw()
     still = canvas.copy_from_bbox(scene.figure.bbox)
     pixels = np.asarray(canvas.buffer_rgba()).view(np.uint32)[..., 0]
-    still_pixels, still_indices = pixels.copy(), _lookup(pixels)
+    still_pixels, still_indices = pixels.copy(), lookup(pixels)
     floor, renderer = scene.floor, canvas.get_renderer()
     span = max(1, frames[-1].epoch - frames[0].epoch)
     for frame in frames:
@@ -60,14 +66,14 @@ def _indexed(scene: Scene, frames: Sequence[Spectrum]) -> Iterator[Bytes]:
         curve.draw(renderer)
         row.dots[0].draw(renderer)
         for cell, text in zip(row.cells, cells(frame), strict=True):
-            _draw_line(renderer, cell, text)
+            draw_text(renderer, cell, text)
         changed = pixels != still_pixels
         indices = still_indices.copy()
-        indices[changed] = _lookup(pixels[changed])
+        indices[changed] = lookup(pixels[changed])
         yield indices
 
 
-def _draw_line(renderer: Any, place: Text, text: str) -> None:
+def draw_text(renderer: Any, place: Text, text: str) -> None:
     """Draw one line as `place` would: a Text works out its layout anew for every string, at twice the cost."""
     x, y = place.get_transform().transform(place.get_position())
     context = renderer.new_gc()
@@ -119,7 +125,7 @@ def _palette() -> tuple[Bytes, Bytes]:
     return palette, nearest
 
 
-def _lookup(pixels: NDArray[np.uint32]) -> Bytes:
+def lookup(pixels: NDArray[np.uint32]) -> Bytes:
     """RGBA pixels to palette indices."""
     indices: Bytes = _palette()[1][_fifteen_bits(pixels[..., np.newaxis].view(np.uint8))]
     return indices

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from service import jobs, listing, openapi, store, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
-from service.errors import BadRequestValue, BudgetExceeded, InvalidState, PreconditionFailed
+from service.errors import BudgetExceeded, InvalidState, PreconditionFailed
 from service.http import matches
 from service.idempotency import Once, OnceOnly
 from service.openapi import IF_MATCH, NOT_MODIFIED, PREFER, raises, takes
@@ -67,7 +67,7 @@ def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
     if (earlier := once.earlier(body)) is not None:
         return jobs.read(here, KIND, earlier)
     spec = resolve(body)
-    _check_device(spec.device, here.settings.device_names)
+    jobs.check_device(here, spec.device)
     from_thread.run(webhooks.check, here.settings, spec.webhook)
     jobs.check_disk(here)
     job = {
@@ -83,12 +83,6 @@ def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
         row = store.create_job(session, job, here.settings.queue_limit)
         once.record(session, row.id)
     return row
-
-
-def _check_device(device: str, offered: list[str]) -> None:
-    has_cuda = any(name.startswith("cuda") for name in offered)
-    if not (device in {"auto", *offered} or (device == "cuda" and has_cuda)):
-        raise BadRequestValue("/device", device, f"this deployment offers {', '.join(offered)}")
 
 
 @router.get("", response_model=views.ExperimentList, dependencies=JSON_ONLY)

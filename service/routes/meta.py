@@ -26,10 +26,12 @@ from service.schemas import (
     ExperimentSpec,
     resolve,
 )
+from service.sweeps import MEMBER_LIMIT
 
 router = APIRouter(tags=["service"])
 LINKS = {
     "experiments": "/experiments",
+    "sweeps": "/sweeps",
     "analyses": "/analyses",
     "presets": "/presets",
     "limits": "/limits",
@@ -100,6 +102,7 @@ def limits(here: Here) -> dict[str, Any]:
         "streams": settings.stream_limit,
         "job_seconds": settings.job_limit_s,
         "devices": settings.device_names,
+        "sweep_members": MEMBER_LIMIT,
         "parameters": PARAMETER_LIMIT,
         "work": WORK_LIMIT,
         "recorded_values": RECORDED_LIMIT,

@@ -4,6 +4,7 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 """
 
 from service.schemas import TERMINAL, DeliveryState, Status
+from service.store.batches import MemberEpochs, add_member_cuts, batch_members, record_members, start_members
 from service.store.clock import now
 from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
 from service.store.deliveries import Claimed, any_due, claim_delivery, deliveries, settle
@@ -14,6 +15,7 @@ from service.store.jobs import (
     Page,
     cancel_job,
     children,
+    count_waiting,
     create_job,
     delete_job,
     get_job,
@@ -22,6 +24,7 @@ from service.store.jobs import (
     over,
     rename_job,
 )
+from service.store.outcomes import Outcome, all_epochs, histories, outcomes
 from service.store.queue import (
     Lease,
     Token,
@@ -49,6 +52,7 @@ from service.store.recordings import (
     spectra,
     spectra_of_layers,
 )
+from service.store.sweeps import add_children, count_members, members
 from service.store.tables import DeliveryRow, EpochRow, EventRow, JobRow, TensorRow, new_id
 from service.store.tensors import (
     Found,
@@ -79,17 +83,23 @@ __all__ = [
     "Found",
     "JobRow",
     "Lease",
+    "MemberEpochs",
+    "Outcome",
     "Page",
     "Status",
     "TensorRow",
     "Token",
+    "add_children",
     "add_cuts",
     "add_epochs",
     "add_manifest",
+    "add_member_cuts",
     "add_tensors",
     "adopt_twin",
+    "all_epochs",
     "any_due",
     "anything_queued",
+    "batch_members",
     "cancel_job",
     "checkpoint_of",
     "children",
@@ -97,6 +107,8 @@ __all__ = [
     "claim_next",
     "connect",
     "count_jobs",
+    "count_members",
+    "count_waiting",
     "create_job",
     "cuts",
     "delete_job",
@@ -106,6 +118,7 @@ __all__ = [
     "get_job",
     "heartbeat",
     "held_jobs",
+    "histories",
     "journal_mode",
     "last_epoch",
     "last_numbers",
@@ -113,17 +126,20 @@ __all__ = [
     "list_tensors",
     "losses",
     "manifest",
+    "members",
     "migrate",
     "missing",
     "new_id",
     "now",
     "outcome",
+    "outcomes",
     "over",
     "pending",
     "quick_check",
     "reason_of",
     "record_crash",
     "record_found",
+    "record_members",
     "record_progress",
     "recorded_epochs",
     "release",
@@ -138,6 +154,7 @@ __all__ = [
     "spectra_of_layers",
     "spectrum_of",
     "sqlite_version",
+    "start_members",
     "take_over",
     "tensors",
     "try_to_write",

@@ -1,10 +1,10 @@
 """What has happened to a job, in order: a number for each change of its status and for each recorded epoch.
 
 The numbers of one job only grow, and are taken under the lock on its row: whoever has read one has read all before it.
-An epoch that an attempt forgets takes its number along; recorded again it gets a later one.
+An epoch that a later attempt records again keeps its number.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 
 from sqlalchemy import Update, insert, select, update
 from sqlalchemy.orm import Session
@@ -33,17 +33,21 @@ def change(session: Session, statement: Update) -> list[JobRow]:
 def record_status(session: Session, row: JobRow) -> None:
     """Record the status that a job has just got: its events, and at its end what its webhook is owed."""
     names = NAMES.get(row.status, ("status",))
-    first = reserve(session, row.id, len(names))
+    numbers = reserve(session, {row.id: len(names)})[row.id]
     event = {"job_id": row.id, "at": now(), "status": row.status, "attempt": row.attempt}
-    session.execute(insert(EventRow), [{**event, "sequence": first + i, "name": name} for i, name in enumerate(names)])
+    session.execute(insert(EventRow), [{**event, "sequence": next(numbers), "name": name} for name in names])
     owe(session, row)
 
 
-def reserve(session: Session, job_id: str, count: int) -> int:
-    """Take the job's next `count` numbers; the answer is the first of them."""
-    take = update(JobRow).where(JobRow.id == job_id).values(sequence=JobRow.sequence + count)
-    taken = take.returning(JobRow.sequence).execution_options(synchronize_session=False)
-    return session.execute(taken).scalar_one() - count + 1
+def reserve(session: Session, counts: Mapping[str, int]) -> dict[str, Iterator[int]]:
+    """Take so many of each job's next numbers."""
+    taken: dict[str, Iterator[int]] = {}
+    for count in set(counts.values()):
+        jobs = [job_id for job_id, wanted in counts.items() if wanted == count]
+        take = update(JobRow).where(JobRow.id.in_(jobs)).values(sequence=JobRow.sequence + count)
+        after = take.returning(JobRow.id, JobRow.sequence).execution_options(synchronize_session=False)
+        taken |= {job_id: iter(range(last - count + 1, last + 1)) for job_id, last in session.execute(after)}
+    return taken
 
 
 def events_after(session: Session, job_id: str, after: int, limit: int) -> list[EventRow | EpochRow]:

@@ -4,11 +4,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, delete, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidState, NotFound, QueueFull
 from service.schemas import TERMINAL, Status
+from service.store import sweeps
 from service.store.clock import now
 from service.store.events import change, record_status
 from service.store.tables import JobRow, new_id
@@ -21,8 +22,7 @@ def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: 
 
     Jobs of one `submission` take turns with all others'; without one it is the owner's. Raises QueueFull.
     """
-    waiting = session.scalar(select(func.count()).where(JobRow.status == "queued"))
-    if waiting is not None and waiting >= queue_limit:
+    if (waiting := count_waiting(session)) >= queue_limit:
         raise QueueFull(f"{waiting} jobs wait, the limit is {queue_limit}; try again when some have run")
     row = JobRow(
         **{"submission": job["owner"], **job, "priority": PRIORITIES[job["priority"]]},
@@ -41,6 +41,11 @@ def create_job(session: Session, job: dict[str, Any], queue_limit: int, job_id: 
     session.flush()
     record_status(session, row)
     return row
+
+
+def count_waiting(session: Session) -> int:
+    """Jobs in the queue: a sweep, with all that belongs to it, is one."""
+    return session.scalar(select(func.count()).where(sweeps.WAITS)) or 0
 
 
 def get_job(session: Session, kind: str, owner: str, job_id: str) -> JobRow:
@@ -115,12 +120,32 @@ def rename_job(session: Session, job_id: str, changes: dict[str, Any]) -> JobRow
 
 
 def cancel_job(session: Session, job_id: str) -> JobRow:
-    """A queued job is canceled at once, a running one asked to stop; one that is over stays as it is."""
-    this = update(JobRow).where(JobRow.id == job_id)
-    bump = {"revision": JobRow.revision + 1}
-    change(session, this.where(JobRow.status == "queued").values(status="canceled", finished_at=now(), **bump))
-    change(session, this.where(JobRow.status == "running").values(status="canceling", **bump))
+    """A queued job is canceled at once, a running one asked to stop; one that is over stays as it is.
+
+    A sweep takes its children along. A member is over at once: its batch goes on without it, or stops with the last.
+    """
+    job = session.get_one(JobRow, job_id)
+    sweep_id = job.id if job.kind == "sweep" else job.parent if job.batch else None
+    sweeps.lock_batches(session, job)
+    family = or_(JobRow.id == job_id, JobRow.parent == job_id) if job.kind == "sweep" else JobRow.id == job_id
+    _stop(session, family)
+    if sweep_id is not None:
+        _settle(session, job, sweep_id)
     return session.get_one(JobRow, job_id, populate_existing=True)
+
+
+def _settle(session: Session, job: JobRow, sweep_id: str) -> None:
+    if job.batch is not None:
+        _stop(session, *sweeps.idle(job.batch))
+    sweeps.settle(session, sweep_id)
+
+
+def _stop(session: Session, *which: ColumnElement[bool]) -> None:
+    these = update(JobRow).where(*which)
+    bump = {"revision": JobRow.revision + 1}
+    at_once = or_(JobRow.status == "queued", and_(sweeps.MEMBER, JobRow.status == "running"))
+    change(session, these.where(at_once).values(status="canceled", finished_at=now(), **bump))
+    change(session, these.where(JobRow.status == "running").values(status="canceling", **bump))
 
 
 def children(session: Session, job_id: str) -> list[JobRow]:
@@ -134,9 +159,13 @@ def delete_job(session: Session, job_id: str) -> list[str]:
 
     Raises InvalidState while one of them runs.
     """
+    job = session.get_one(JobRow, job_id)
+    sweeps.lock_batches(session, job)
     family = [job_id, *(child.id for child in children(session, job_id))]
     for member in reversed(family):
         idle = JobRow.status.in_([*TERMINAL, "queued"])
         if session.scalar(delete(JobRow).where(JobRow.id == member, idle).returning(JobRow.id)) is None:
             raise InvalidState(f"{member} is running; cancel it first")
+    if job.batch is not None and job.parent is not None:
+        _settle(session, job, job.parent)
     return family

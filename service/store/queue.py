@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, aliased
 
 from service.errors import LostJob
 from service.schemas import TERMINAL, Status
+from service.store import sweeps
 from service.store.clock import now
 from service.store.events import change
 from service.store.tables import JobRow
@@ -36,20 +37,22 @@ class Lease:
     worker: str
 
 
+def _waiting(*, cpu_only: bool) -> Select[str]:
+    query = select(JobRow.id).where(JobRow.status == "queued", sweeps.CLAIMABLE).limit(1)
+    return query.where(JobRow.spec["device"].as_string() == "cpu") if cpu_only else query
+
+
 def _next_in_line(*, cpu_only: bool) -> Select[str]:
     """By priority; within one the groups of submissions take turns, and within a group it is first in, first out."""
     other = aliased(JobRow)
     last_turn = select(func.coalesce(func.max(other.turn), 0)).where(other.submission == JobRow.submission)
     line = (JobRow.priority.desc(), last_turn.scalar_subquery(), JobRow.created_at, JobRow.id)
-    query = select(JobRow.id).where(JobRow.status == "queued").order_by(*line).limit(1)
-    return query.where(JobRow.spec["device"].as_string() == "cpu") if cpu_only else query
+    return _waiting(cpu_only=cpu_only).order_by(*line)
 
 
 def anything_queued(session: Session, *, cpu_only: bool = False) -> bool:
     """Whether a claim may succeed: a read, so that idle workers take no write lock."""
-    query = select(JobRow.id).where(JobRow.status == "queued").limit(1)
-    query = query.where(JobRow.spec["device"].as_string() == "cpu") if cpu_only else query
-    return session.scalar(query) is not None
+    return session.scalar(_waiting(cpu_only=cpu_only)) is not None
 
 
 def claim_next(session: Session, worker: str, *, alone: bool = True, cpu_only: bool = False) -> JobRow | None:
@@ -93,7 +96,7 @@ def heartbeat(session: Session, tokens: list[Token]) -> dict[Token, Status]:
 def held_jobs(session: Session) -> dict[Token, Lease]:
     """Every job that some worker holds."""
     columns = (JobRow.id, JobRow.attempt, JobRow.heartbeat, JobRow.status, JobRow.worker)
-    rows = session.execute(select(*columns).where(JobRow.status.in_(HELD)))
+    rows = session.execute(select(*columns).where(JobRow.status.in_(HELD), sweeps.CLAIMABLE))
     return {Token(job_id, attempt): Lease(beat, status, worker or "") for job_id, attempt, beat, status, worker in rows}
 
 
@@ -119,6 +122,7 @@ def end(session: Session, token: Token, status: Status, error: dict[str, str] | 
     values = {"status": status, "error": error, "finished_at": now(), "revision": JobRow.revision + 1}
     if not change(session, _held(token).values(values)):
         raise LostJob(f"{token} no longer holds the job")
+    sweeps.follow(session, token.job_id)
 
 
 def release(session: Session, token: Token) -> None:
@@ -128,6 +132,7 @@ def release(session: Session, token: Token) -> None:
     change(session, _held(token).where(JobRow.status == "canceling").values(canceled))
     back = {"status": "queued", "worker": None, **bump}
     change(session, _held(token).where(JobRow.status == "running").values(back))
+    sweeps.follow(session, token.job_id)
 
 
 def outcome(session: Session, token: Token) -> tuple[str, str] | None:
@@ -162,7 +167,7 @@ def take_over(session: Session, worker: str, max_attempts: int, *, blame: bool =
 
     Jobs that ran elsewhere are not to `blame` for its end.
     """
-    held = select(JobRow.id, JobRow.attempt).where(JobRow.worker == worker, JobRow.status.in_(HELD))
+    held = select(JobRow.id, JobRow.attempt).where(JobRow.worker == worker, JobRow.status.in_(HELD), sweeps.CLAIMABLE)
     tokens = [Token(*row) for row in session.execute(held.with_for_update())]
     for token in tokens:
         if blame:

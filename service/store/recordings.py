@@ -1,5 +1,6 @@
 """What an experiment records, and how it is read back: arrays in, arrays out."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,32 +42,43 @@ class EpochRange:
 
 
 def add_epochs(session: Session, token: Token, epochs: Sequence[Epoch]) -> None:
-    """Store recorded epochs, in order; the caller has just proved its token in the same transaction.
+    """Store recorded epochs; the caller has just proved its token in the same transaction."""
+    insert_epochs(session, [(token.job_id, epoch) for epoch in epochs])
+
+
+def insert_epochs(session: Session, recorded: Sequence[tuple[str, Epoch]]) -> None:
+    """Store epochs of one or many experiments, in order, each with its id.
 
     What is stored already stays as it is, and its number too: it was recorded by an earlier attempt, or by a commit of
     which nobody knew whether it had come through.
     """
-    if not epochs:
-        return
-    stored = set(recorded_epochs(session, token.job_id, EpochRange(epochs[0].epoch, epochs[-1].epoch)))
-    new = [epoch for epoch in epochs if epoch.epoch not in stored]
+    new = _not_stored(session, recorded)
     if not new:
         return
-    first = reserve(session, token.job_id, len(new))
-    numbered = [{"sequence": first + i, **_losses(epoch)} for i, epoch in enumerate(new)]
-    session.execute(insert(EpochRow), [{"job_id": token.job_id, **epoch} for epoch in numbered])
+    numbers = reserve(session, Counter(job_id for job_id, _ in new))
+    numbered = [{"job_id": job_id, "sequence": next(numbers[job_id]), **_losses(epoch)} for job_id, epoch in new]
+    session.execute(insert(EpochRow), numbered)
     rows = [
         {
-            "job_id": token.job_id,
+            "job_id": job_id,
             "layer": layer,
             "epoch": epoch.epoch,
             "weights": to_blob(weights),
             "updates": to_blob(updates),
         }
-        for epoch in new
+        for job_id, epoch in new
         for layer, (weights, updates) in epoch.spectra.items()
     ]
     session.execute(insert(SpectrumRow), rows)
+
+
+def _not_stored(session: Session, recorded: Sequence[tuple[str, Epoch]]) -> list[tuple[str, Epoch]]:
+    if not recorded:
+        return []
+    first, last = (choose(epoch.epoch for _, epoch in recorded) for choose in (min, max))
+    inside = (EpochRow.job_id.in_({job_id for job_id, _ in recorded}), *EpochRange(first, last).holds(EpochRow.epoch))
+    stored = {tuple(row) for row in session.execute(select(EpochRow.job_id, EpochRow.epoch).where(*inside))}
+    return [(job_id, epoch) for job_id, epoch in recorded if (job_id, epoch.epoch) not in stored]
 
 
 def _losses(epoch: Epoch) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class JobRow(Base):
         Index("jobs_by_parent", "parent"),
         Index("jobs_by_turn", "turn"),
         Index("jobs_by_submission", "submission", "turn"),
+        Index("jobs_by_batch", "batch"),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -66,6 +67,7 @@ class JobRow(Base):
     sequence: Mapped[int] = mapped_column(BigInteger)  # number of the last event
     upload: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the file that an analysis is of
     parent: Mapped[str | None] = mapped_column(String(36), ForeignKey("jobs.id"))
+    batch: Mapped[str | None] = mapped_column(String(36), ForeignKey("jobs.id"))  # the job that trains this experiment
 
 
 def _job_key() -> Mapped[str]:

@@ -100,6 +100,22 @@ def attempt(database: Database, settings: Settings) -> tuple[Recorder, Checkpoin
     return recorder, Checkpoints(settings, recorder)
 
 
+class Reached:
+    """Stands for a trainer of any shape: what it would go on from."""
+
+    state: resume.State | None = None
+
+    def restore(self, saved: resume.State) -> None:
+        self.state = saved
+
+
+def reached(checkpoints: Checkpoints) -> resume.State | None:
+    trainer: Any = Reached()
+    checkpoints.resume(trainer)
+    found: resume.State | None = trainer.state
+    return found
+
+
 def state(value: float) -> resume.State:
     return {"parameters": np.full((1, 3), value)}
 
@@ -110,13 +126,13 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_the_older_go(
     create(database)
     recorder, checkpoints = attempt(database, settings)
     checkpoints.offer(lambda: state(1))  # It is not time yet.
-    assert checkpoints.load() is None
+    assert reached(checkpoints) is None
     monkeypatch.setattr(resume, "COST_RATIO", 0)
     settings = settings.model_copy(update={"checkpoint_s": 0.0})
     checkpoints = Checkpoints(settings, recorder)
     for value in (1, 2, 3):
         checkpoints.offer(lambda value=value: state(value))
-    np.testing.assert_equal(checkpoints.load(), state(3))
+    np.testing.assert_equal(reached(checkpoints), state(3))
     assert [path.name for path in (settings.data / "checkpoints" / recorder.token.job_id).iterdir()] == ["1-3"]
 
 
@@ -128,7 +144,7 @@ def test_a_worker_that_stops_leaves_a_checkpoint_and_the_job_in_line(database: D
         checkpoints.offer(lambda: state(4))
     following, checkpoints = attempt(database, settings)
     assert following.token == Token(job, 2)
-    np.testing.assert_equal(checkpoints.load(), state(4))
+    np.testing.assert_equal(reached(checkpoints), state(4))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 64, None])
@@ -143,8 +159,23 @@ def test_a_damaged_checkpoint_means_a_fresh_start(
     path = settings.data / "checkpoints" / job / "1-1"
     path.unlink() if damage is None else path.write_bytes(damage)
     _, checkpoints = attempt(database, settings)
-    assert checkpoints.load() is None
+    assert reached(checkpoints) is None
     assert "the job starts anew" in caplog.text
+
+
+def test_a_checkpoint_of_other_members_means_a_fresh_start(
+    database: Database, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    create(database)
+    recorder, checkpoints = attempt(database, settings)
+    recorder.draining = True
+    with pytest.raises(Drained):
+        checkpoints.offer(Trainer([spec_of(), spec_of()]).checkpoint)
+    _, checkpoints = attempt(database, settings)
+    fresh = Trainer([spec_of()])
+    checkpoints.resume(fresh)
+    assert fresh.step == 0
+    assert "of other members" in caplog.text
 
 
 def test_a_late_attempt_does_not_touch_the_files_of_the_next(database: Database, settings: Settings) -> None:
@@ -157,4 +188,4 @@ def test_a_late_attempt_does_not_touch_the_files_of_the_next(database: Database,
     checkpoints.offer(lambda: state(5))
     with pytest.raises(LostJob):
         late_checkpoints.offer(lambda: state(1))
-    np.testing.assert_equal(checkpoints.load(), state(5))
+    np.testing.assert_equal(reached(checkpoints), state(5))
