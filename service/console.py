@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from service.client import Client, Refused, Unreachable
+from service.client import Client, Refused, Unreachable, Unreadable
 from service.client.calls import Json
 from service.views import Experiment, Job
 
@@ -34,7 +34,7 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except Unreachable as error:
         raise stop(NO_SERVER, f"no server: {error}") from error
-    except Refused as error:
+    except (Refused, Unreadable) as error:
         raise stop(REFUSED, str(error)) from error
 
 

@@ -30,6 +30,7 @@ from service.client import (
     Unauthorized,
     Unprocessable,
     Unreachable,
+    Unreadable,
     calls,
 )
 from service.client.errors import BY_STATUS, refusal
@@ -131,6 +132,15 @@ def test_an_answer_that_is_no_problem_document_is_shown_as_text() -> None:
     assert "Bad Gateway" in str(error)
     dated = refusal(httpx.Response(503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}))
     assert dated.retry_after_s == 0
+
+
+def test_a_newer_server_may_say_more_and_must_not_say_other_things(client: Client, memo: dict[str, Any]) -> None:
+    known = {**memo, "spec": {**memo["spec"], "new": 1}, "also_new": {"x": 1}}
+    call = calls.experiment(memo["id"])
+    request = httpx.Request("GET", "http://server/experiments/x")
+    assert call.result(httpx.Response(200, json=known, request=request)) == client.experiment(memo["id"])
+    with pytest.raises(Unreadable, match="status"):
+        call.result(httpx.Response(200, json={**memo, "status": "paused"}, request=request))
 
 
 def test_the_key_comes_as_an_argument_or_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

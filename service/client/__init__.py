@@ -26,6 +26,7 @@ from service.client.errors import (
     Unavailable,
     Unprocessable,
     Unreachable,
+    Unreadable,
     UnsupportedMediaType,
 )
 from service.client.events import Event
@@ -50,6 +51,7 @@ __all__ = [
     "Unavailable",
     "Unprocessable",
     "Unreachable",
+    "Unreadable",
     "UnsupportedMediaType",
     "calls",
 ]

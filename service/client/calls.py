@@ -15,9 +15,9 @@ from urllib.parse import quote
 import anyio
 import httpx
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from service.client.errors import Refused, Unreachable, refusal
+from service.client.errors import Refused, Unreachable, Unreadable, refusal
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.views import Analysis, AnalysisList, Experiment, ExperimentList, Factors, FactorsList, Job
 
@@ -101,8 +101,14 @@ class _FileStream(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 
 def _model(kind: type[M]) -> Callable[[httpx.Response], M]:
-    # A newer server may say more than this version knows.
-    return lambda answer: kind.model_validate_json(answer.content, extra="ignore")
+    def read(answer: httpx.Response) -> M:
+        try:
+            # A newer server may say more than this version knows.
+            return kind.model_validate_json(answer.content, extra="ignore")
+        except ValidationError as error:
+            raise Unreadable(f"{answer.url} is no {kind.__name__} as this version knows it: {error}") from error
+
+    return read
 
 
 def _json(answer: httpx.Response) -> Json:

@@ -2,6 +2,7 @@
 
 ClientError
 ├── Unreachable          no answer came: nobody listens, or the connection broke
+├── Unreadable           an answer came that this version of the client does not understand
 └── Refused              the server answered with a problem (RFC 9457); a subclass for each status
     ├── BadRequest 400, Unauthorized 401, NotFound 404, NotAcceptable 406, RequestTimeout 408, Conflict 409,
     │   PreconditionFailed 412, TooLarge 413, UnsupportedMediaType 415, Unprocessable 422, TooManyRequests 429
@@ -25,6 +26,10 @@ class ClientError(Exception):
 
 class Unreachable(ClientError):
     """No answer came, or not a whole one."""
+
+
+class Unreadable(ClientError):
+    """The server is of a version whose answers this client does not understand."""
 
 
 class Refused(ClientError):
