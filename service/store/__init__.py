@@ -9,7 +9,6 @@ from service.store.clock import now
 from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
 from service.store.deliveries import Claimed, any_due, claim_delivery, deliveries, settle
 from service.store.events import events_after, last_numbers
-from service.store.database import BUSY_S, Database, connect, journal_mode, migrate, schema
 from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
 from service.store.idempotency import remember, remembered
 from service.store.jobs import (
@@ -55,7 +54,6 @@ from service.store.recordings import (
 )
 from service.store.sweeps import add_children, count_members, members
 from service.store.tables import DeliveryRow, EpochRow, EventRow, JobRow, TensorRow, new_id
-from service.store.tables import TERMINAL, JobRow, Status, TensorRow
 from service.store.tensors import (
     Found,
     add_manifest,
