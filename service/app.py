@@ -27,6 +27,7 @@ from service.routes import (
     meta,
     metrics,
     spectrum,
+    sweep_summary,
     sweeps,
     weights,
 )
@@ -46,6 +47,7 @@ ROUTERS = (
     compression,
     weights,
     sweeps,
+    sweep_summary,
     analyses,
     analysis_views,
     factors,

@@ -19,7 +19,11 @@ from service.errors import (
     UnsupportedContentEncoding,
     UnsupportedMediaType,
 )
+from service.schemas import TERMINAL
 from service.strictjson import parse_json
+
+if TYPE_CHECKING:
+    from service.store import JobRow
 
 JSON_TYPES = {"application/json", "application/merge-patch+json", ""}
 MOST_RANGES = 100
@@ -130,6 +134,19 @@ def etag(*parts: object) -> str:
     """A strong entity tag of what determines the bytes, this program's version included."""
     digest = hashlib.sha256("\n".join(map(str, (VERSION, *parts))).encode("utf-8", "surrogatepass"))
     return f'"{digest.hexdigest()[:32]}"'
+
+
+def validators(row: "JobRow", *parts: object) -> dict[str, str]:
+    """ETag and caching of a view of what a job has recorded; `parts` are what the view depends on besides the job.
+
+    Computed without reading the recording, which can only grow while the job is not over.
+    """
+    over = row.status in TERMINAL
+    return {
+        "etag": etag(row.id, row.attempt, row.status, *parts),
+        "vary": "Accept",
+        "cache-control": "private, max-age=31536000, immutable" if over else "private, no-cache",
+    }
 
 
 def unchanged(request: Request, headers: Mapping[str, str]) -> bool:

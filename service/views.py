@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.http import etag
-from service.schemas import TERMINAL, DeliveryState, ExperimentSpec, FactorsSpec, Status
+from service.schemas import DeliveryState, ExperimentSpec, FactorsSpec, Status
 from service.sweeps import value_of
 from service.uploads import Format, Matricize
 
@@ -257,17 +256,3 @@ def timestamp(microseconds: int | None) -> str | None:
         return None
     moment = EPOCH + timedelta(microseconds=microseconds)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def validators(row: "JobRow", *parts: object) -> dict[str, str]:
-    """ETag and caching of a view of what a job has recorded; `parts` are what the view depends on besides the job.
-
-    Computed without reading the recording, which can only grow while the job is not over.
-    """
-
-    over = row.status in TERMINAL
-    return {
-        "etag": etag(row.id, row.attempt, row.status, *parts),
-        "vary": "Accept",
-        "cache-control": "private, max-age=31536000, immutable" if over else "private, no-cache",
-    }

@@ -36,7 +36,7 @@ def owed(database: Database, job: str) -> list[DeliveryRow]:
 
 def add(database: Database, token: store.Token, *numbers: int) -> None:
     with database.write.begin() as session:
-        store.record_progress(session, token, numbers[-1])
+        store.record_progress(session, token, done=numbers[-1])
         store.add_epochs(session, token, [epoch(number) for number in numbers])
 
 

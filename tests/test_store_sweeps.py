@@ -35,14 +35,14 @@ def states(database: Database, *ids: str) -> list[str]:
 def start(database: Database) -> Token:
     token = claim(database)
     with database.write.begin() as session:
-        store.record_progress(session, token, 0, {"device": "cpu"})
+        store.record_progress(session, token, environment={"device": "cpu"})
         store.start_members(session, token)
     return token
 
 
 def record(database: Database, token: Token, *found: MemberEpochs) -> None:
     with database.write.begin() as session:
-        store.record_progress(session, token, found[-1].epoch)
+        store.record_progress(session, token, done=found[-1].epoch)
         store.record_members(session, token, found)
 
 

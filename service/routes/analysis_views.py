@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from service import files, plans, reports, representations, store, views
+from service import files, plans, reports, representations, store
 from service.context import Context, Here
 from service.errors import (
     BadRequestValue,
@@ -20,7 +20,7 @@ from service.errors import (
     SpectrumNotReady,
     StorageFull,
 )
-from service.http import choose_format, unchanged
+from service.http import choose_format, unchanged, validators
 from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
 from service.lowrank.compression import RuleName
@@ -87,7 +87,7 @@ def _prepare(
     name, query = form
     with here.database.read.begin() as session:
         row = store.get_job(session, KIND, here.owner, analysis_id)
-        headers = views.validators(row, row.revision, name, query.model_dump_json())
+        headers = validators(row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)

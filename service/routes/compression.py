@@ -6,10 +6,10 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
-from service import representations, store, views
+from service import representations, store
 from service.context import JSON_ONLY, Here
 from service.errors import BadRequestValue, SpectrumNotReady
-from service.http import unchanged
+from service.http import unchanged, validators
 from service.lowrank import compression
 from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
@@ -39,7 +39,7 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
-        headers = views.validators(row, last, query.model_dump_json())
+        headers = validators(row, last, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from service import representations, store, views
+from service import representations, store
 from service.context import Here
 from service.errors import BudgetExceeded, NotAcceptable
-from service.http import choose_format, unchanged
+from service.http import choose_format, unchanged, validators
 from service.lowrank import decay, describe
 from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
@@ -30,7 +30,7 @@ def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[E
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", here.owner, experiment_id)
-        headers = views.validators(row, store.last_epoch(session, row.id), form, query.model_dump_json())
+        headers = validators(row, store.last_epoch(session, row.id), form, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)

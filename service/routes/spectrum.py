@@ -9,10 +9,10 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service import files, representations, store, views
+from service import files, representations, store
 from service.context import Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
-from service.http import choose_format, unchanged
+from service.http import choose_format, unchanged, validators
 from service.lowrank import describe, normalized
 from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
@@ -96,7 +96,7 @@ def _prepare(
         row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
         # The name is drawn into the pictures.
-        headers = views.validators(row, last, row.name, form, query.model_dump_json())
+        headers = validators(row, last, row.name, form, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         if last is None and form not in TEXT:

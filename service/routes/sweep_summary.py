@@ -8,10 +8,10 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service import files, representations, store, summary, views
+from service import files, representations, store, summary
 from service.context import Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
-from service.http import choose_format, unchanged
+from service.http import choose_format, unchanged, validators
 from service.openapi import NOT_MODIFIED, raises
 from service.pictures import Size, SweepChart
 from service.representations import MEDIA_TYPES
@@ -67,7 +67,7 @@ def _prepare(
     with here.database.read.begin() as session:
         row = store.get_job(session, "sweep", here.owner, sweep_id)
         state = store.count_members(session, [row.id]).get(row.id)
-        headers = views.validators(row, row.revision, state, form, query.model_dump_json())
+        headers = validators(row, row.revision, state, form, query.model_dump_json())
         # Members of a sweep that is over can still be deleted.
         headers["cache-control"] = "private, no-cache"
         if unchanged(request, headers):

@@ -6,10 +6,11 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 
-from service import files, store, views
+from service import files, store
 from service.context import Here
 from service.downloads import download
 from service.errors import InvalidState, RangeNotSatisfiable, SpectrumNotReady
+from service.http import validators
 from service.openapi import NOT_MODIFIED, PARTIAL, raises
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
@@ -38,4 +39,4 @@ def weights(here: Here, request: Request, experiment_id: str, query: Annotated[W
         if row.status in store.TERMINAL:
             raise InvalidState(f"the run {row.status} before it had {query.at} weights")
         raise SpectrumNotReady(f"the {query.at} weights are not written yet")
-    return download(request, path, f"{row.id}-{query.at}.safetensors", views.validators(row, query.at))
+    return download(request, path, f"{row.id}-{query.at}.safetensors", validators(row, query.at))
