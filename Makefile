@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 # A file's tests share servers and finished jobs, so files go to one process each.
 IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo serve test lint slow soak bench clean
+.PHONY: demo serve test lint coverage slow soak bench clean
 
 demo: $(VENV)/installed
 	@exec $(BIN)/rankscope demo
@@ -15,16 +15,20 @@ serve: $(VENV)/installed
 	@exec $(BIN)/rankscope serve
 
 test: lint
+	$(BIN)/python -m pytest -q $(IN_PARALLEL)
+
+# Watching every process costs a third more time.
+coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) --cov --cov-report=term
 
-slow: $(VENV)/slow
-	$(BIN)/python -m pytest -q -m slow
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m slow
 
 soak: $(VENV)/soak
 	$(BIN)/python -m fuzz.formats --seconds 200
 	$(BIN)/python -m pytest -q -m soak
 
-bench: $(VENV)/slow
+bench: $(VENV)/ray
 	@for one in memo sweep analyze model queue; do \
 	  echo "== benchmarks.$$one"; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$one || exit 1; done
 
@@ -41,10 +45,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[worker,dev]'
 	@touch $@
 
-$(VENV)/slow: $(VENV)/installed
+$(VENV)/ray: $(VENV)/installed
 	$(PIP_INSTALL) -e '.[worker,dev,ray]'
 	@touch $@
 
-$(VENV)/soak: $(VENV)/slow
+$(VENV)/soak: $(VENV)/ray
 	$(PIP_INSTALL) -e '.[worker,dev,ray,soak]'
 	@touch $@

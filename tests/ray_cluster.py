@@ -16,7 +16,7 @@ import psutil
 
 from tests.conftest import free_port, wait_for
 
-MISSING = "Ray is not installed: `make slow` and `make soak` install it"
+MISSING = "Ray is not installed: `make soak` installs it"
 QUICK = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # A node leaves so long after its head; by default a minute.
     "RAY_worker_niceness": "0",  # Ray's 15 leaves it nothing beside tests that run at the same time.

@@ -17,7 +17,7 @@ from tests.conftest import Server, free_port, start_server, stop_server, wait_fo
 from tests.postgres import Postgres
 from tests.ray_cluster import Cluster, Node
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ray_cluster.installed(), reason=ray_cluster.MISSING)]
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(not ray_cluster.installed(), reason=ray_cluster.MISSING)]
 
 SHORT = {"device": "cpu", "training": {"epochs": 20}}
 LONG = {"device": "cpu", "training": {"epochs": 100_000}, "record": {"every": 1000}}

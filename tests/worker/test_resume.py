@@ -1,5 +1,6 @@
 """Checkpoints: training that goes on in another trainer, and files that are damaged, foreign or late."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -46,11 +47,9 @@ def run(trainer: Trainer, stop_at: int | None = None) -> list[Snapshot]:
         if trainer.step == stop_at:
             raise Stop
 
-    try:
+    with contextlib.suppress(Stop):
         for snapshot in trainer.train(pause):
             found.append(copy.deepcopy(snapshot))
-    except Stop:
-        pass
     return found
 
 
