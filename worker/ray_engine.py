@@ -172,6 +172,8 @@ class RayEngine:
             try:
                 found = ray.get(fault, timeout=CHECK_S)
             except RayError as error:
+                if node not in _look().nodes:
+                    continue  # It has left meanwhile.
                 found = f"cannot run a task of ours: {_first_line(error)}"
             if found is not None:
                 raise EngineUnusable(f"Ray's node {node[:8]} {found}")
