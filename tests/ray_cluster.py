@@ -19,6 +19,7 @@ from tests.conftest import free_port, wait_for
 MISSING = "Ray is not installed: `make soak` installs it"
 QUICK = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # A node leaves so long after its head; by default a minute.
+    "RAY_raylet_start_wait_time_s": "120",  # A busy machine takes more than Ray's 30.
     "RAY_worker_niceness": "0",  # Ray's 15 leaves it nothing beside tests that run at the same time.
 }
 
