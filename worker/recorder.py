@@ -125,6 +125,7 @@ class Recorder:
             store.end(session, self.token, status, error)
 
         self._insist(finish)
+        log.info("the job has %s%s", status, f": {error['type']}" if error else "")
 
     def write_file(self, path: Path, content: bytes) -> None:
         """Write a file that the job cannot do without, in a folder that is there; wait while the disk is full."""
