@@ -35,17 +35,20 @@ GONE = 410
 Result = TypeVar("Result")
 
 
-async def check(settings: Settings, webhook: WebhookSpec | None) -> None:
-    """Refuse a webhook that could not be sent. Raises BadRequestValue, without any password of its URL."""
+async def check(settings: Settings, webhook: WebhookSpec | None, at: str = "/webhook") -> None:
+    """Refuse a webhook that could not be sent, as the value `at` its place in the body.
+
+    Raises BadRequestValue, without any password of its URL.
+    """
     if webhook is None:
         return
     if not settings.webhook_secrets:
-        raise BadRequestValue("/webhook", None, "cannot be sent: the operator has set no RANKSCOPE_WEBHOOK_SECRET")
+        raise BadRequestValue(at, None, "cannot be sent: the operator has set no RANKSCOPE_WEBHOOK_SECRET")
     try:
         await outbound.resolve(webhook.url, private=settings.webhook_private)
     except AddressRefused as error:
         shown = None if "@" in webhook.url else webhook.url
-        raise BadRequestValue("/webhook/url", shown, error.detail) from None
+        raise BadRequestValue(f"{at}/url", shown, error.detail) from None
 
 
 def message(job: JobRow, delivery_event: str) -> bytes:

@@ -198,6 +198,7 @@ def test_a_batch_that_is_killed_is_trained_again(server: Server) -> None:
         ({"base": {"name": "w" * 201}, "grid": {"seed": [1]}}, "/base/name", "at most 200"),
         ({"grid": {"data.target": ["a\x07b"]}}, "/grid/data.target", "tanh"),
         ({"base": {"device": "cuda"}, "grid": {"seed": [1]}}, "/device", "offers"),
+        ({"base": {"webhook": {"url": "https://example.org"}}, "grid": {"seed": [1]}}, "/base/webhook", "has set no"),
     ],
 )
 def test_a_bad_sweep_is_refused(server: Server, body: dict[str, Any], pointer: str, told: str) -> None:

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any
 
+from anyio import from_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from service import jobs, listing, openapi, store, sweeps, views
+from service import jobs, listing, openapi, store, sweeps, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
 from service.errors import BudgetExceeded, InvalidState
 from service.idempotency import Once, OnceOnly
@@ -57,6 +58,7 @@ def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
     members = sweeps.expand(body)
     first = members[0].spec
     jobs.check_device(here, first.device)
+    from_thread.run(webhooks.check, here.settings, first.webhook, "/base/webhook")
     jobs.check_disk(here)
     groups = sweeps.batches([member.spec for member in members], here.settings.sweep_batches)
     shared = [{"members": group, **sweeps.shared(members[group[0]].spec)} for group in groups]
