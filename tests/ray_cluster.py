@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from tests.conftest import free_port, wait_for
 
 MISSING = "Ray is not installed: `make soak` installs it"
 QUICK = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # A node leaves so long after its head; by default a minute.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # A node leaves so long after its head; by default a minute.
     "RAY_raylet_start_wait_time_s": "120",  # A busy machine takes more than Ray's 30.
     "RAY_worker_niceness": "0",  # Ray's 15 leaves it nothing beside tests that run at the same time.
 }
@@ -35,12 +34,23 @@ class Node:
     cpus, gpus = 0, 0
 
     def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
-        with log.open("ab") as output:
+        with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--object-store-memory=80000000", *arguments],
                 stdout=output, stderr=output, stdin=subprocess.DEVNULL, env={**os.environ, **QUICK},
             )  # fmt: skip
+
+    def wait_until_ready(self) -> None:
+        """Return once it takes work; on a busy machine that takes a while."""
+
+        def ready() -> bool:
+            text = self.log.read_text()
+            assert self.process.poll() is None, text
+            return "will now block" in text
+
+        wait_for(ready, "a Ray node", limit_s=180)
 
     def family(self) -> list[psutil.Process]:
         """All its processes."""
@@ -86,20 +96,14 @@ class Cluster:
         given = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
         self.head = Node(self.folder / "head.log", *given, f"--temp-dir={self.folder}")
 
-        def listens() -> bool:
-            assert self.head.process.poll() is None, (self.folder / "head.log").read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return True
-            return False
-
-        wait_for(listens, "Ray's head")
+        self.head.wait_until_ready()
 
     def add_node(self, cpus: int = 1, gpus: int = 0) -> Node:
         """Start a node; the cluster has it a few seconds later."""
         given = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         # Nodes that start together in one folder choose the same names for their sockets.
         given += [f"--temp-dir={self.folder}/{(number := next(self._names))}"]
-        node = Node(self.folder / "nodes.log", *given, f"--node-ip-address=127.0.1.{number}")
+        node = Node(self.folder / f"{number}.log", *given, f"--node-ip-address=127.0.1.{number}")
         node.cpus, node.gpus = cpus, gpus
         self.nodes.append(node)
         return node

@@ -32,6 +32,8 @@ def cluster() -> Iterator[Cluster]:
     with ray_cluster.cluster() as running:
         for _ in range(2):
             running.add_node()
+        for node in running.nodes:
+            node.wait_until_ready()
         yield running
 
 
@@ -62,7 +64,7 @@ def strike(fault: str, server: Server, cluster: Cluster, choose: random.Random) 
         case "head":
             cluster.head.kill()
             for node in list(cluster.nodes):
-                node.process.wait(60)  # It leaves by itself, as its setting says.
+                node.process.wait(120)  # It leaves by itself, as its setting says.
             cluster.start_head()
             for node in list(cluster.nodes):
                 cluster.replace(node)
