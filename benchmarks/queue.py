@@ -43,8 +43,6 @@ def ray() -> Iterator[Callable[[], Environment]]:
     with postgres.running(free_port()) as server, ray_cluster.cluster() as cluster:
         for _ in range(2):
             cluster.add_node(cpus=2)
-        for node in cluster.nodes:
-            node.wait_until_ready()
         place = {"RANKSCOPE_ENGINE": "ray", "RANKSCOPE_RAY_ADDRESS": cluster.address}
         yield lambda: {**place, "RANKSCOPE_DATABASE_URL": server.new_database()}
 

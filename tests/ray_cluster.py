@@ -99,13 +99,13 @@ class Cluster:
         self.head.wait_until_ready()
 
     def add_node(self, cpus: int = 1, gpus: int = 0) -> Node:
-        """Start a node; the cluster has it a few seconds later."""
+        """Start a node and wait until it takes work: Ray's nodes that start together on one machine may all die of it."""
         given = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-        # Nodes that start together in one folder choose the same names for their sockets.
         given += [f"--temp-dir={self.folder}/{(number := next(self._names))}"]
         node = Node(self.folder / f"{number}.log", *given, f"--node-ip-address=127.0.1.{number}")
         node.cpus, node.gpus = cpus, gpus
         self.nodes.append(node)
+        node.wait_until_ready()
         return node
 
     def replace(self, node: Node) -> None:

@@ -32,8 +32,6 @@ def cluster() -> Iterator[Cluster]:
     with ray_cluster.cluster() as running:
         for _ in range(2):
             running.add_node()
-        for node in running.nodes:
-            node.wait_until_ready()
         yield running
 
 
