@@ -99,7 +99,7 @@ class Cluster:
         self.head.wait_until_ready()
 
     def add_node(self, cpus: int = 1, gpus: int = 0) -> Node:
-        """Start a node and wait until it takes work: Ray's nodes that start together on one machine may all die of it."""
+        """Start a node and wait for it: of nodes that start together on one machine all may die."""
         given = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         given += [f"--temp-dir={self.folder}/{(number := next(self._names))}"]
         node = Node(self.folder / f"{number}.log", *given, f"--node-ip-address=127.0.1.{number}")
