@@ -191,14 +191,22 @@ def test_a_server_without_keys_does_not_leave_loopback(tmp_path: Path) -> None:
     assert "RANKSCOPE_OPEN_NETWORK" in done.stderr
 
 
+def demo_in(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "service.cli", "demo", f"--data={folder / 'data'}", f"--out={folder / 'demo'}"]
+
+
 @pytest.mark.slow
-def test_the_demo_leaves_its_files_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service.cli", "demo", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'demo'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_demo_leaves_its_files(tmp_path: Path) -> None:
+    done = subprocess.run(demo_in(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "entropy rank" in done.stdout
     left = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"spectrum.gif", "spectrum.png", "spectrum.json", "compression.json"} <= left
+
+
+@pytest.mark.soak
+def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path) -> None:
+    command = demo_in(tmp_path)
     for wanted in (1, 3, 5):  # at moments ever later: as soon as there are so many processes
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         family = psutil.Process(process.pid)
