@@ -17,7 +17,7 @@ serve: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
-# Watching every process costs a third more time.
+# Apart, because it slows every process down.
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) --cov --cov-report=term
 
