@@ -20,6 +20,7 @@ def url_of(database: str, request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue("postgres").new_database() if database == "postgresql" else ""
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("database", DATABASES)
 def test_f1_f2_f10_f11_every_job_ends_once_as_if_nothing_had_been(
     tmp_path: Path, database: str, short_reference: Results, request: pytest.FixtureRequest
