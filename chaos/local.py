@@ -85,10 +85,11 @@ class Site:
 
     def replace_dead_workers(self) -> None:
         """Start a worker for each that has ended."""
-        alive = [worker for worker in self.workers if worker.poll() is None]
-        n_dead = len(self.workers) - len(alive)
-        self.workers = alive
-        for _ in range(n_dead):
+        dead = [worker for worker in self.workers if worker.poll() is not None]
+        self.workers = [worker for worker in self.workers if worker not in dead]
+        for worker in dead:
+            if worker.stdin is not None:
+                worker.stdin.close()
             self.start_worker()
 
 
