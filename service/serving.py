@@ -81,10 +81,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop: workers give their jobs back, and nobody waits for pictures or events any more."""
-        self._workers.stop()
-        if (context := getattr(self._app.state, "context", None)) is not None:
-            context.drawing.close_soon()
-            context.streams.close_soon()
+        if not self.should_exit:  # The event loop may have ended before a second signal comes.
+            self._workers.stop()
+            if (context := getattr(self._app.state, "context", None)) is not None:
+                context.drawing.close_soon()
+                context.streams.close_soon()
         super().handle_exit(sig, frame)
 
 

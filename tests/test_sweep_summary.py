@@ -110,15 +110,14 @@ def test_what_cannot_be_drawn_is_refused(server: Server, swept: dict[str, Any]) 
 
 
 def test_one_field_makes_no_heat_map_and_nothing_recorded_no_picture(server: Server) -> None:
-    server.post({"training": {"epochs": 100_000}, "record": {"every": 1000}})
+    ahead = server.post({"training": {"epochs": 100_000}, "record": {"every": 1000}})["id"]
+    server.wait(ahead, "running")  # The one worker is taken.
     posted = post(server, SMALL, {"seed": [0, 1]})
     path = f"/sweeps/{posted['id']}/summary"
     problem(server.client.get(path, params={"format": "png"}), 409, "spectrum-not-ready")
     rows = server.client.get(path).json()["members"]
     assert [(row["seed"], row["entropy_rank"], row["epoch"]) for row in rows] == [(0, None, None), (1, None, None)]
-    running = server.client.get("/experiments?status=running").json()["data"]
-    for one in running:
-        server.client.post(f"/experiments/{one['id']}/cancel")
+    server.client.post(f"/experiments/{ahead}/cancel")
     finished(server, posted["id"])
     found = problem(server.client.get(path, params={"format": "png", "kind": "heatmap"}), 422, "validation-error")
     assert "only seed varies" in found["detail"]
