@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
-import re
 from collections.abc import AsyncIterator, Coroutine
 
 from fastapi import Depends, FastAPI
@@ -55,6 +55,7 @@ ROUTERS = (
     deliveries,
     meta,
 )
+BODIES = (ExperimentSpec, experiments.LabelChanges, FactorsSpec, SweepSpec)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -67,24 +68,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="rankscope",
         version=importlib.metadata.version("rankscope"),
         description="Watch the low-rank bias of neural networks: spectra at every epoch, and what they let you save.",
-        docs_url=None,
-        redoc_url=None,
+        openapi_url=None,  # Ours is made when it is first asked for, and not in the event loop.
         lifespan=_lifespan,
         generate_unique_id_function=openapi.operation_id,
         dependencies=[Depends(declared_query)],
     )
     app.state.settings = settings
     app.state.registry = new_registry()
-    app.state.methods = [(re.compile("^/openapi.json$"), {"GET"})]
-    app.state.methods += [(route.path_regex, route.methods) for route in _routes()]
+    app.state.methods = [(route.path_regex, route.methods) for route in _routes()]
+    app.state.openapi = functools.cache(lambda: openapi.document_of(app, _routes(), BODIES))
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_middleware(Edge, settings=settings)
-    templates = [(re.compile("^/openapi.json$"), "/openapi.json")]
-    templates += [(route.path_regex, route.path_format) for route in _routes()]
+    templates = [(route.path_regex, route.path_format) for route in _routes()]
     app.add_middleware(Watch, templates=templates, requests=Requests(app.state.registry))
-    openapi.describe(app, _routes(), (ExperimentSpec, experiments.LabelChanges, FactorsSpec, SweepSpec))
     return app
 
 

@@ -270,7 +270,7 @@ def openapi() -> None:
     """Print the OpenAPI document."""
     from service.app import create_app  # noqa: PLC0415
 
-    typer.echo(orjson.dumps(create_app(Settings()).openapi(), option=orjson.OPT_INDENT_2))
+    typer.echo(orjson.dumps(create_app(Settings()).state.openapi(), option=orjson.OPT_INDENT_2))
 
 
 def main() -> None:

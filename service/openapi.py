@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,9 +79,9 @@ def operation_id(route: APIRoute) -> str:
     return f"{route.endpoint.__module__.rpartition('.')[2]}_{route.endpoint.__name__}"
 
 
-def describe(app: FastAPI, routes: list[APIRoute], models: tuple[type[BaseModel], ...]) -> None:
-    """Make the document whole; `models` are those of bodies that FastAPI does not see."""
-    document = app.openapi()
+def document_of(app: FastAPI, routes: list[APIRoute], models: tuple[type[BaseModel], ...]) -> Document:
+    """The whole document; `models` are those of bodies that FastAPI does not see. It takes half a second."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     components = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
@@ -95,6 +96,7 @@ def describe(app: FastAPI, routes: list[APIRoute], models: tuple[type[BaseModel]
         if route.include_in_schema:
             for method in route.methods or ():
                 _finish(document["paths"][route.path_format][method.lower()], route)
+    return document
 
 
 def _finish(operation: Document, route: APIRoute) -> None:

@@ -35,7 +35,7 @@ def wait_for(found: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
     while time.monotonic() < deadline:
         if answer := found():
             return answer
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise AssertionError(f"waited {limit_s} s in vain for {what}")
 
 

@@ -18,7 +18,7 @@ from tests.conftest import Server, start_server, stop_server
 from tests.test_bad_inputs import problem
 from tests.uploads.builders import saved
 
-DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
+DOCUMENT: dict[str, Any] = create_app(Settings()).state.openapi()
 OPERATIONS = {
     operation["operationId"]: (method, path, operation)
     for path, methods in DOCUMENT["paths"].items()

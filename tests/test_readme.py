@@ -20,7 +20,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def test_every_endpoint_is_in_the_table_and_no_other() -> None:
-    paths = create_app().openapi()["paths"]
+    paths = create_app().state.openapi()["paths"]
     code = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     table = {cells[0].strip("`") for cells in rows("Endpoints")}
     assert table == code | {"GET /docs", "GET /openapi.json"}

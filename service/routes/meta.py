@@ -68,6 +68,12 @@ def discovery(request: Request) -> Response:
     return HTMLResponse(page, headers=headers)
 
 
+@router.get("/openapi.json", include_in_schema=False)
+def openapi(request: Request) -> Response:
+    """The OpenAPI document."""
+    return Response(to_json(request.app.state.openapi()), media_type="application/json")
+
+
 @router.get("/presets", dependencies=JSON_ONLY)
 def presets() -> dict[str, Any]:
     """The named specifications, resolved."""
