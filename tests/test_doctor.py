@@ -16,7 +16,7 @@ from service import doctor, store
 from service.doctor import Finding
 from service.settings import Settings, environment
 from service.store import Database
-from tests.conftest import OBEDIENT, Server, free_port, start_server, stop_server
+from tests.conftest import OBEDIENT, Server, free_port
 from tests.postgres import Postgres
 
 QUICK = {"heartbeat_s": 0.05}
@@ -65,15 +65,16 @@ def file_of(settings: Settings) -> Path:
     return settings.data / "rankscope.sqlite3"
 
 
-def test_a_deployment_that_works_is_well(tmp_path: Path) -> None:
-    server: Server = start_server(tmp_path / "data", RANKSCOPE_HEARTBEAT_S="0.1")
-    server.wait(server.post({"training": {"epochs": 100_000}, "record": {"every": 1000}})["id"], "running")
-    command = [sys.executable, "-m", "service.cli", "doctor", f"--data={tmp_path / 'data'}"]
+def test_a_deployment_that_works_is_well(server: Server) -> None:
+    job = server.post({"training": {"epochs": 100_000}, "record": {"every": 1000}})["id"]
+    server.wait(job, "running")
+    command = [sys.executable, "-m", "service.cli", "doctor", f"--data={server.data}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    server.client.post(f"/experiments/{job}/cancel")
+    assert server.wait(job)["status"] == "canceled"
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 jobs run and their heartbeats move" in done.stdout
     assert "fault" not in done.stdout
-    stop_server(server)
 
 
 def test_a_missing_data_folder_is_told_and_not_made(tmp_path: Path) -> None:

@@ -34,17 +34,17 @@ def job_child(server: Server, experiment_id: str) -> psutil.Process:
     return wait_for(server.job_children, "a job's process")[0]
 
 
-def test_f2_a_killed_child_is_tried_again_and_fails_the_third_time(own_server: Server) -> None:
-    posted = own_server.post(LONG)
+def test_f2_a_killed_child_is_tried_again_and_fails_the_third_time(server: Server) -> None:
+    posted = server.post(LONG)
     for attempt in (1, 2, 3):
-        wait_for(lambda n=attempt: own_server.read(posted["id"])["attempt"] == n, f"attempt {attempt}")
-        child = job_child(own_server, posted["id"])
+        wait_for(lambda n=attempt: server.read(posted["id"])["attempt"] == n, f"attempt {attempt}")
+        child = job_child(server, posted["id"])
         child.kill()
         wait_for(lambda c=child: not c.is_running() or c.status() == psutil.STATUS_ZOMBIE, "its end")
         wait_for(lambda c=child: c.pid not in psutil.pids(), "its burial")
-    state = own_server.wait(posted["id"])
+    state = server.wait(posted["id"])
     assert (state["status"], state["error"]["type"]) == ("failed", "worker-crashed")
-    assert own_server.run({"training": {"epochs": 1}})["status"] == "succeeded"  # The worker goes on.
+    assert server.run({"training": {"epochs": 1}})["status"] == "succeeded"  # The worker goes on.
 
 
 @pytest.mark.slow
@@ -139,6 +139,7 @@ def test_an_engine_that_is_not_installed_is_one_line_and_exit_code_2(tmp_path: P
     assert done.stderr.splitlines() == ["RANKSCOPE_ENGINE=ray needs Ray: install rankscope[ray]"]
 
 
+@pytest.mark.slow
 def test_a_job_past_its_limit_fails(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", RANKSCOPE_JOB_LIMIT_S="0.3", **FAST)
     state = server.run(LONG)

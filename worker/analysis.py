@@ -13,13 +13,14 @@ from service.uploads import Tensor
 from service.uploads.checks import require_matrix
 from worker.decompose import AT_ONCE, spectra
 from worker.devices import choose_device, environment
+from worker.engines import SHARE
 from worker.reading import Matrix
 from worker.recorder import Recorder
 from worker.source import Source
 
 
 def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
-    """Analyse what no earlier attempt has.
+    """Analyse what no earlier attempt has; where the job runs as several tasks, this one's share of it.
 
     Raises Canceled, Drained, LostJob, and where the only matrix of the file cannot be analysed the reason for it.
     """
@@ -28,29 +29,40 @@ def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
     source = Source.of(settings, recorder.token.job_id, spec)
     recorder.write(lambda session, token: store.list_tensors(session, token, source.tensors))
     left = recorder.read(lambda session: store.pending(session, recorder.token.job_id))
-    works = {position: tensor.work for position, tensor in enumerate(source.tensors)}
-    done = sum(work for position, work in works.items() if position not in left)
-    recorder.progress(done)
     for position in sorted(at for at in left if source.tensors[at].refusal is not None):  # They are not in the base.
         left.remove(position)
-        recorder.add(Found(position, refusal=source.tensors[position].refusal), done)
+        recorder.add(Found(position, refusal=source.tensors[position].refusal))
     require_matrix(source.tensors)
     is_alone = source.n_matrices == 1
-    for batch in _batches(source.tensors, left):
+    for batch in _share(source.tensors, left, *spec.get(SHARE, (0, 1))):
         recorder.stop_if_draining()
         for found in _analyse(source, batch, device):
-            done += works[found.position]
-            recorder.add(found, done)
+            recorder.add(found)
             if is_alone and found.refusal is not None:
                 raise found.refusal
+    if SHARE in spec:
+        recorder.flush()
+        if recorder.read(lambda session: store.pending(session, recorder.token.job_id)):
+            return  # Others are still at theirs; the last one ends the job.
     recorder.end("succeeded")
 
 
-def _batches(tensors: Sequence[Tensor], left: Collection[int]) -> Iterator[list[int]]:
-    """Positions, most work first; small matrices of one shape and dtype together."""
+def _share(tensors: Sequence[Tensor], left: Collection[int], share: int, n_shares: int) -> Iterator[list[int]]:
+    """What one of several tasks has to do, in batches. Dealt before what is done is left out: they begin at different
+    times, and must not take the same."""
+    for batch in list(_batches(tensors))[share::n_shares]:
+        if mine := [position for position in batch if position in left]:
+            yield mine
+
+
+def _batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of all matrices, most work first; small ones of one shape and dtype together."""
     batch: list[int] = []
     kind: tuple[object, ...] = ()
-    for position in sorted(left, key=lambda at: (-tensors[at].work, tensors[at].matrix_shape, tensors[at].dtype, at)):
+    matrices = [position for position, tensor in enumerate(tensors) if tensor.refusal is None]
+    for position in sorted(
+        matrices, key=lambda at: (-tensors[at].work, tensors[at].matrix_shape, tensors[at].dtype, at)
+    ):
         shape, dtype = tensors[position].matrix_shape, tensors[position].dtype
         if batch and ((shape, dtype) != kind or (len(batch) + 1) * math.prod(shape) > AT_ONCE):
             yield batch

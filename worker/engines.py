@@ -20,6 +20,7 @@ PRELOAD = ["worker.preload"]
 # Exit codes beside those of processes: of a job that never began (put it back in line, it is nobody's crash), and of
 # one that the kernel ended for want of memory.
 NOT_RUN, OUT_OF_MEMORY = os.EX_TEMPFAIL, os.EX_OSERR
+SHARE = "share"  # In the specification of a task that is one of several of its job: its index, and how many they are.
 Room = Literal["none", "cpu", "any"]
 
 
@@ -62,8 +63,8 @@ class Engine(Protocol):
     def room(self, running: Sequence[Any]) -> Room:
         """Whether one job more could start at once: none, one that asks for the CPU, or any. Raises ClusterLost."""
 
-    def start(self, token: Token, kind: str, spec: dict[str, Any]) -> Job:
-        """Start a job for which there was room."""
+    def start(self, token: Token, kind: str, spec: dict[str, Any], total: int) -> Job:
+        """Start a job for which there was room; `total` is what its progress counts up to."""
 
     def close(self) -> None:
         """Leave; what still runs is ended."""
@@ -133,7 +134,7 @@ class LocalEngine:
         """As many jobs at a time as the settings say."""
         return "any" if len(running) < self._settings.jobs else "none"
 
-    def start(self, token: Token, kind: str, spec: dict[str, Any]) -> LocalJob:
+    def start(self, token: Token, kind: str, spec: dict[str, Any], _total: int = 0) -> LocalJob:
         """Start the job in a child process."""
         fresh = uses_cuda(self._settings, spec)
         context = multiprocessing.get_context("spawn") if fresh else self._fork_server

@@ -221,7 +221,7 @@ class Supervisor:
                 return
             token = Token(row.id, row.attempt)
             log.info("starting %s %s, attempt %d", row.kind, row.id, row.attempt)
-            process = self.engine.start(token, row.kind, row.spec)
+            process = self.engine.start(token, row.kind, row.spec, row.total)
             self.running[token] = Running(process, time.monotonic(), row.suspect)
 
     def _give_back(self) -> None:

@@ -28,7 +28,7 @@ from service.errors import ClusterLost, DatabaseUnusable, EngineUnusable
 from service.settings import Settings
 from service.store import Token
 from worker.allocation import prepare_environment
-from worker.engines import NOT_RUN, LocalEngine, Room, uses_cuda
+from worker.engines import NOT_RUN, SHARE, LocalEngine, Room, uses_cuda
 
 # Silence here and in what we start: a task without a GPU sees none, as will be the default.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
@@ -52,6 +52,7 @@ PAUSE_S = 10.0
 NEVER_S = 60.0  # A cluster may grow; a job for a GPU that none of its nodes has by then is told so.
 END_S = 5.0
 LISTEN_S = 0.1
+SHARE_WORK = 5000  # Of `Tensor.work`: some seconds, where a task costs one at most.
 GONE = -signal.SIGKILL
 
 
@@ -77,6 +78,7 @@ class RayJob:
 
     def __init__(self, results: Any, sent_away: Callable[[str], None], *, uses_gpu: bool) -> None:
         self.uses_gpu = uses_gpu
+        self.tasks = [self]
         self.peak = 0
         self._sent_away = sent_away
         self.sentinel, tell = socket.socketpair()
@@ -131,6 +133,54 @@ class RayJob:
         self.sentinel.close()
 
 
+class Shares:
+    """One job as several tasks. A task that dies takes nothing from the others: the next attempt has less to do."""
+
+    def __init__(self, tasks: list[RayJob]) -> None:
+        self.tasks = tasks
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while any task runs; then what is worst."""
+        codes = [task.exitcode for task in self.tasks]
+        if None in codes:
+            return None
+        return next(
+            (code for code in codes if code not in {0, NOT_RUN}), max(code for code in codes if code is not None)
+        )
+
+    @property
+    def peak(self) -> int:
+        """The most memory that any task had."""
+        return max(task.peak for task in self.tasks)
+
+    @property
+    def sentinel(self) -> Any:
+        """That of a task that still runs."""
+        return next((task for task in self.tasks if task.exitcode is None), self.tasks[0]).sentinel
+
+    def terminate(self) -> None:
+        """Ask all tasks to end."""
+        for task in self.tasks:
+            task.terminate()
+
+    def kill(self) -> None:
+        """End all tasks."""
+        for task in self.tasks:
+            task.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait so long for the end of all."""
+        deadline = time.monotonic() + (timeout or 0)
+        for task in self.tasks:
+            task.join(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Forget them."""
+        for task in self.tasks:
+            task.close()
+
+
 class RayEngine:
     """The driver of a cluster. Its end says nothing about the jobs: they run elsewhere."""
 
@@ -140,6 +190,7 @@ class RayEngine:
         self._settings = settings.model_copy(update={"data": settings.data.absolute()})
         self._mark = ""
         self._view = View()
+        self._free: Resources = {}
         self._gpu_seen = self._view.at
         self._refused = -PAUSE_S
         self._closing = threading.Event()
@@ -186,7 +237,7 @@ class RayEngine:
             except RayError as error:
                 log.warning("Ray does not tell of its nodes: %s", _first_line(error))
 
-    def room(self, running: Sequence[RayJob]) -> Room:
+    def room(self, running: Sequence[RayJob | Shares]) -> Room:
         """What the cluster has in all less what we use, and no more than it says is free. Raises ClusterLost.
 
         Neither alone will do: others may use the cluster, and what it says is as old as its last report.
@@ -194,15 +245,16 @@ class RayEngine:
         view, now = self._view, time.monotonic()
         if now - view.at > LOST_S:
             raise ClusterLost(f"Ray at {self._settings.ray_address} has not answered for {LOST_S:g} s")
-        for job in running:
-            if job.waits_for(BEGIN_S):
+        tasks = [task for job in running for task in job.tasks if task.exitcode is None]
+        for task in tasks:
+            if task.waits_for(BEGIN_S):
                 log.warning("Ray found no place for a job in %g s", BEGIN_S)
-                job.terminate()
-        if now - view.at > STALE_S or now - self._refused < PAUSE_S or any(job.waits_for(SLOW_S) for job in running):
+                task.terminate()
+        if now - view.at > STALE_S or now - self._refused < PAUSE_S or any(task.waits_for(SLOW_S) for task in tasks):
             return "none"
         cpus = self._settings.threads
-        used = {"CPU": cpus * len(running), "GPU": sum(job.uses_gpu for job in running)}
-        free = {name: min(view.free.get(name, 0), view.total(name) - n) for name, n in used.items()}
+        used = {"CPU": cpus * len(tasks), "GPU": sum(task.uses_gpu for task in tasks)}
+        self._free = free = {name: min(view.free.get(name, 0), view.total(name) - n) for name, n in used.items()}
         if free["CPU"] < cpus or not view.has_place_for({"CPU": cpus}):
             return "none"
         if view.has_place_for({"CPU": cpus, "GPU": 1}):
@@ -212,9 +264,21 @@ class RayEngine:
     def _has_no_gpu(self) -> bool:
         return "cuda" not in self._settings.devices or time.monotonic() - self._gpu_seen > NEVER_S
 
-    def start(self, token: Token, kind: str, spec: dict[str, Any]) -> RayJob:
+    def start(self, token: Token, kind: str, spec: dict[str, Any], total: int) -> RayJob | Shares:
         """Submit the job. One for a GPU where there is none goes without, and finds out what to say about it."""
         uses_gpu = uses_cuda(self._settings, spec) and not self._has_no_gpu()
+        n = self._shares(total, uses_gpu=uses_gpu) if kind == "analysis" else 1
+        if n == 1:
+            return self._submit(token, kind, spec, uses_gpu=uses_gpu)
+        log.info("the analysis is shared by %d tasks", n)
+        return Shares([self._submit(token, kind, {**spec, SHARE: (i, n)}, uses_gpu=uses_gpu) for i in range(n)])
+
+    def _shares(self, work: int, *, uses_gpu: bool) -> int:
+        """How many tasks an analysis is worth, and has room for."""
+        room = self._free["GPU"] if uses_gpu else self._free["CPU"] / self._settings.threads
+        return max(1, min(work // SHARE_WORK, int(room)))
+
+    def _submit(self, token: Token, kind: str, spec: dict[str, Any], *, uses_gpu: bool) -> RayJob:
         task = ray.remote(run_on_node).options(
             num_cpus=self._settings.threads,
             num_gpus=int(uses_gpu),

@@ -43,7 +43,7 @@ class Recorder:
         self._database = database
         self._save = save
         self._waiting: list[Any] = []
-        self._done = 0
+        self._done: int | None = None  # Where `save` counts, nothing is said here.
         self._committed = self._added = time.monotonic()
 
     def read(self, query: Callable[[Session], Written]) -> Written:
@@ -56,28 +56,34 @@ class Recorder:
 
     def write(self, write: Write) -> None:
         """Store what the rest of the job builds on. Raises LostJob, Canceled."""
-        self._stop_if(self._insist(lambda session: self._proved(session, write, done=self._done)))
+        self._stop_if(self._insist(lambda session: self._proved(session, write)))
 
     def _proved(self, session: Session, write: Write | None = None, **columns: Any) -> Status:
+        if self._done is not None:
+            columns["done"] = self._done
         status = store.record_progress(session, self.token, **columns)
         if write is not None:
             write(session, self.token)
         return status
 
-    def add(self, item: Any, done: int) -> None:
+    def add(self, item: Any, done: int | None = None) -> None:
         """Record a finding; it is committed now if the next one would come too late. Raises LostJob, Canceled."""
         self._waiting.append(item)
         self.progress(done)
 
-    def progress(self, done: int) -> None:
-        """Say how far the job is; the same holds for the commit."""
+    def progress(self, done: int | None) -> None:
+        """Say how far the job is, unless `save` does; the same holds for the commit."""
         self._done = done
         now = time.monotonic()
         took, self._added = now - self._added, now
         if len(self._waiting) * self.at_once >= WAITING_LIMIT:
-            self._settle(self._insist(self._save_waiting))
+            self.flush()
         elif now + took - self._committed >= COMMIT_S:
             self._try_commit()
+
+    def flush(self) -> None:
+        """Commit all that waits. Raises LostJob, Canceled."""
+        self._settle(self._insist(self._save_waiting))
 
     def keep(self, checkpoint: str) -> bool:
         """Commit all that waits, with the name of the file to go on from; the answer is whether that was possible."""
@@ -112,7 +118,7 @@ class Recorder:
         self._stop_if(status)
 
     def _save_waiting(self, session: Session, **columns: Any) -> Status:
-        status = self._proved(session, done=self._done, **columns)
+        status = self._proved(session, **columns)
         self._save(session, self.token, self._waiting)
         return status
 
@@ -120,7 +126,7 @@ class Recorder:
         """Commit all that waits and finish the job, in one transaction. Raises LostJob."""
 
         def finish(session: Session) -> None:
-            self._proved(session, write, done=self._done)
+            self._proved(session, write)
             self._save(session, self.token, self._waiting)
             store.end(session, self.token, status, error)
 

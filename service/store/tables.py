@@ -131,6 +131,7 @@ class TensorRow(Base):
     notes: Mapped[list[str]] = mapped_column(JSON)
     exponent: Mapped[int] = mapped_column(Integer)
     spectrum: Mapped[bytes | None] = mapped_column(LargeBinary)
+    work: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class IdempotencyRow(Base):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import delete, exists, insert, literal, select, update
+from sqlalchemy import delete, exists, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import ArrayTooLarge, JobFailed
@@ -36,6 +36,7 @@ def add_tensors(session: Session, job_id: str, tensors: Sequence[Tensor]) -> Non
             "shape": None if tensor.shape is None else list(tensor.shape),
             "notes": [],
             "exponent": 0,
+            "work": tensor.work,
             **_standing(tensor.refusal, "pending"),
         }
         for position, tensor in enumerate(tensors)
@@ -67,12 +68,12 @@ def adopt_twin(session: Session, token: Token) -> None:
     session.execute(delete(TensorRow).where(TensorRow.job_id == token.job_id))
     session.execute(insert(TensorRow).from_select(["job_id", *(column.name for column in columns)], copied))
     # The numbers come from where and what the other one ran with.
-    adopted = {"total": source.total, "environment": source.environment}
+    adopted = {"total": source.total, "done": source.total, "environment": source.environment}
     session.execute(update(JobRow).where(JobRow.id == token.job_id).values(adopted))
 
 
 def record_found(session: Session, token: Token, found: Sequence[Found]) -> None:
-    """Store what was found; the caller has just proved its token in the same transaction."""
+    """Store what was found, and how much that makes; the caller has just proved its token in the same transaction."""
     for one in found:
         here = (TensorRow.job_id == token.job_id, TensorRow.position == one.position)
         values = {
@@ -82,6 +83,9 @@ def record_found(session: Session, token: Token, found: Sequence[Found]) -> None
             **_standing(one.refusal, "analysed"),
         }
         session.execute(update(TensorRow).where(*here).values(values))
+    if found:
+        mine = select(func.sum(TensorRow.work)).where(TensorRow.job_id == token.job_id, TensorRow.status != "pending")
+        session.execute(update(JobRow).where(JobRow.id == token.job_id).values(done=mine.scalar_subquery()))
 
 
 def tensors(session: Session, job_id: str) -> list[TensorRow]:
