@@ -3,8 +3,8 @@ BIN := $(VENV)/bin
 # On Linux the default torch wheel brings CUDA with it; TORCH_INDEX=<url> takes it from another wheel index.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-# A file's tests share servers and finished jobs, so files go to one process each; four, for many of them wait.
-IN_PARALLEL := -n 4 --dist loadfile
+# A file's tests share servers and finished jobs, so files go to one process each; three, for many of them wait.
+IN_PARALLEL := -n 3 --dist loadfile
 
 .PHONY: demo serve test lint coverage slow soak bench clean
 

@@ -6,7 +6,7 @@ import pytest
 
 from chaos.local import Play, Results
 
-SHORT = Play(n_jobs=6, n_workers=2, n_faults=4, epochs=600)
+SHORT = Play(n_jobs=4, n_workers=2, n_faults=4, epochs=400)
 LONG = Play(n_jobs=24, n_workers=3, n_faults=60, epochs=4000)
 DATABASES = ["sqlite", "postgresql"]
 
@@ -20,7 +20,7 @@ def url_of(database: str, request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue("postgres").new_database() if database == "postgresql" else ""
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("database", DATABASES)
 def test_f1_f2_f10_f11_every_job_ends_once_as_if_nothing_had_been(
     tmp_path: Path, database: str, short_reference: Results, request: pytest.FixtureRequest

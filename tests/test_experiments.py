@@ -200,7 +200,7 @@ def test_the_accept_header_chooses(server: Server, memo: dict[str, Any]) -> None
     assert kind("application/xml, */*;q=0.1") == "application/json"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_too_long_an_answer_says_what_helps(server: Server) -> None:
     tiny = {"n_samples": 2, "n_features": 1, "n_informative": 1, "n_targets": 1, "validation_fraction": 0}
     spec = {"data": tiny, "network": {"hidden": [1] * 15}, "training": {"epochs": 8000, "batch_size": 2}}
