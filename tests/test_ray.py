@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import save
 
 from service import files
 from service.settings import Settings
@@ -121,3 +124,12 @@ def test_a_head_that_cannot_be_reached_is_one_line_and_exit_code_3(tmp_path: Pat
     assert done.returncode == 3
     assert "cannot reach Ray's head" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_large_analysis_is_shared_out_and_finds_what_one_process_finds(ray_server: Server, server: Server) -> None:
+    rng = np.random.default_rng(0)
+    content = save({f"{i}": torch.from_numpy(rng.standard_normal((3800, 3800)).astype(np.float32)) for i in range(3)})
+    there, here = (running.analyze(content) for running in (ray_server, server))
+    assert "the analysis is shared by 2 tasks" in ray_server.log.read_text()
+    assert there["progress"]["done"] == there["progress"]["total"]
+    assert [one["singular_values"] for one in there["tensors"]] == [one["singular_values"] for one in here["tensors"]]
