@@ -126,10 +126,15 @@ def test_a_head_that_cannot_be_reached_is_one_line_and_exit_code_3(tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_a_large_analysis_is_shared_out_and_finds_what_one_process_finds(ray_server: Server, server: Server) -> None:
+def test_a_large_analysis_is_shared_out_and_finds_what_one_process_finds(
+    cluster: Cluster, postgres: Postgres, tmp_path: Path, server: Server
+) -> None:
     rng = np.random.default_rng(0)
     content = save({f"{i}": torch.from_numpy(rng.standard_normal((3800, 3800)).astype(np.float32)) for i in range(3)})
-    there, here = (running.analyze(content) for running in (ray_server, server))
-    assert "the analysis is shared by 2 tasks" in ray_server.log.read_text()
+    where = {"RANKSCOPE_DATABASE_URL": postgres.new_database(), "RANKSCOPE_RAY_ADDRESS": cluster.address}
+    without_gpu = start_server(tmp_path / "data", **where, **{**RAY, "RANKSCOPE_DEVICES": "cpu"})
+    there, here = (running.analyze(content) for running in (without_gpu, server))
+    assert stop_server(without_gpu) == 0
+    assert "the analysis is shared by 2 tasks" in without_gpu.log.read_text()
     assert there["progress"]["done"] == there["progress"]["total"]
     assert [one["singular_values"] for one in there["tensors"]] == [one["singular_values"] for one in here["tensors"]]
