@@ -130,7 +130,7 @@ def test_a_large_analysis_is_shared_out_and_finds_what_one_process_finds(
     cluster: Cluster, postgres: Postgres, tmp_path: Path, server: Server
 ) -> None:
     rng = np.random.default_rng(0)
-    content = save({f"{i}": torch.from_numpy(rng.standard_normal((3800, 3800)).astype(np.float32)) for i in range(3)})
+    content = save({f"{i}": torch.from_numpy(rng.standard_normal((3300, 3300)).astype(np.float32)) for i in range(3)})
     where = {"RANKSCOPE_DATABASE_URL": postgres.new_database(), "RANKSCOPE_RAY_ADDRESS": cluster.address}
     without_gpu = start_server(tmp_path / "data", **where, **{**RAY, "RANKSCOPE_DEVICES": "cpu"})
     there, here = (running.analyze(content) for running in (without_gpu, server))
