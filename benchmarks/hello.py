@@ -1,6 +1,6 @@
 """The least that FastAPI does for a request, under the service's own uvicorn settings: what answers are measured in.
 
-    python -m benchmarks.hello PORT
+python -m benchmarks.hello PORT
 """
 
 import sys

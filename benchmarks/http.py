@@ -4,11 +4,13 @@
 
 The hello is `benchmarks/hello.py` under the same uvicorn settings in the same run; medians of interleaved repeats after
 one of each to warm up, over one connection that stays open. The spectrum is W2's of 900 epochs, 57 600 floats, and in
-JSON every epoch's ranks with it. The database is SQLite, and a POST is answered when its job is safely on the disk.
+JSON every epoch's ranks with it; `first` is a request that nobody has sent before, the others are sent again. The
+database is SQLite, and a POST is answered when its job is safely on the disk.
 """
 
 import contextlib
 import http.client
+import itertools
 import statistics
 import subprocess
 import sys
@@ -27,11 +29,10 @@ from service.store import Epoch, Token
 from tests.conftest import free_port, start_server, stop_server, wait_for
 
 SPEC: dict[str, Any] = {"training": {"epochs": 899}, "record": {"layers": ["W2"]}}
-JSON = {"content-type": "application/json"}
 
 
 class Case(NamedTuple):
-    """A request, how often it is sent in a repeat, and the goal in hellos."""
+    """A request, how often it is sent in a repeat, and the goal in hellos; `{}` in a path is a new number each time."""
 
     name: str
     times: int
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     method: str
     path: str
     status: int
-    headers: dict[str, str] = {}
+    if_none_match: str = ""
     body: bytes | None = None
 
 
@@ -52,7 +53,10 @@ class Asked:
 
     def ask(self, case: Case) -> http.client.HTTPResponse:
         """One request; its answer has been read."""
-        self.connection.request(case.method, case.path, case.body, case.headers)
+        path = case.path.format(next(NUMBERS)) if "{}" in case.path else case.path
+        headers = {"content-type": "application/json"} if case.body else {}
+        headers |= {"if-none-match": case.if_none_match} if case.if_none_match else {}
+        self.connection.request(case.method, path, case.body, headers)
         answer = self.connection.getresponse()
         answer.read()
         if answer.status != case.status:
@@ -114,6 +118,7 @@ def record(settings: Settings) -> None:
     database.engine.dispose()
 
 
+NUMBERS = itertools.count(160)  # of pixels: the width of a picture, which these answers are not
 HELLO = Case("hello", 1500, None, "GET", "/", 200)
 
 
@@ -121,13 +126,17 @@ def cases(asked: Asked, path: str) -> list[Case]:
     """What is measured."""
     spectrum = f"{path}/spectrum?layer=W2"
     tags = {where: asked.ask(Case("", 1, None, "GET", where, 200)).headers["etag"] for where in (path, spectrum)}
+    queued = asked.ask(Case("", 1, None, "POST", "/experiments", 202, body=b"{}")).headers["location"]
     return [
-        Case("spectrum, JSON", 60, 10, "GET", spectrum, 200),
+        Case("spectrum, JSON, first", 20, None, "GET", spectrum + "&width={}", 200),
+        Case("spectrum, JSON", 200, 10, "GET", spectrum, 200),
+        Case("spectrum, npy, first", 40, None, "GET", spectrum + "&format=npy&width={}", 200),
         Case("spectrum, npy", 300, 2, "GET", f"{spectrum}&format=npy", 200),
-        Case("spectrum, 304", 600, 1.3, "GET", spectrum, 304, {"if-none-match": tags[spectrum]}),
+        Case("spectrum, 304", 600, 1.3, "GET", spectrum, 304, tags[spectrum]),
+        Case("experiment, queued", 200, 4, "GET", queued, 200),
         Case("experiment", 600, 4, "GET", path, 200),
-        Case("experiment, 304", 600, 1.3, "GET", path, 304, {"if-none-match": tags[path]}),
-        Case("POST /experiments", 150, 14, "POST", "/experiments", 202, JSON, b"{}"),
+        Case("experiment, 304", 600, 1.3, "GET", path, 304, tags[path]),
+        Case("POST /experiments", 150, 14, "POST", "/experiments", 202, body=b"{}"),
     ]
 
 
