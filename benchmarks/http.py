@@ -2,8 +2,8 @@
 
     python -m benchmarks.http [repeats]
 
-The hello is `benchmarks/hello.py` under the same uvicorn settings in the same run; medians of interleaved repeats after
-one of each to warm up, over one connection that stays open. The spectrum is W2's of 900 epochs, 57 600 floats, and in
+The hello is `benchmarks/hello.py` under the same uvicorn settings in the same run; over one connection that stays open.
+The spectrum is W2's of 900 epochs, 57 600 floats, and in
 JSON every epoch's ranks with it; `first` is a request that nobody has sent before, the others are sent again. The
 database is SQLite, and a POST is answered when its job is safely on the disk.
 """
