@@ -98,10 +98,7 @@ def _body(start: Message, first: Message) -> bytes | None:
 
 def _holds(database: store.Database, answer: Answer) -> bool:
     """Whether the job is as it was. Where the database does not answer, the route shall say so."""
-    try:
-        return store.revision_of(database, answer.job_id) == answer.revision
-    except store.UNAVAILABLE:
-        return False
+    return store.revision_of(database, answer.job_id) == answer.revision
 
 
 async def _send(send: Send, status: int, headers: RawHeaders, body: bytes) -> None:
