@@ -29,8 +29,7 @@ soak: $(VENV)/soak
 	$(BIN)/python -m pytest -q -m soak
 
 bench: $(VENV)/ray
-	@for one in memo sweep analyze model queue; do \
-	  echo "== benchmarks.$$one"; OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$one || exit 1; done
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

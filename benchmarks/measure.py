@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import psutil
 
 
@@ -20,6 +21,17 @@ def cpu_seconds(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     start = time.process_time()
     answer = work(*arguments)
     return time.process_time() - start, answer
+
+
+def finish(client: httpx.Client, posted: httpx.Response) -> str:
+    """The path of a job that was posted, once it has succeeded and its process has gone."""
+    path = str(posted.raise_for_status().headers["location"])
+    while (status := client.get(path).json()["status"]) != "succeeded":
+        if status not in {"queued", "running"}:
+            raise RuntimeError(f"{path} {status}")
+        time.sleep(0.1)
+    time.sleep(0.5)  # The child's last instants count, and are only seen once it is reaped.
+    return path
 
 
 def server_process() -> psutil.Process:

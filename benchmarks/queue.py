@@ -79,20 +79,22 @@ def measure(name: str, environment: Callable[[], Environment], folder: Path, rep
     spread = sorted(collections.Counter(worker for worker, _ in starts(server)).values(), reverse=True)
     doubles = len(starts(server)) - len(set(jobs)) + sum(attempt > 1 for attempt in attempts)
     median, slowest = statistics.median(times) * 1000, max(times) * 1000
-    print(
-        f"{name}: POST to first epoch {median:.0f} ms (slowest {slowest:.0f}, goal ≤ 150 local); "
-        f"{TINY} jobs in {took:.1f} s, by worker {spread}, double starts {doubles} (goal 0)"
-    )
+    jobs_of = ", ".join(map(str, spread))
+    print(f"| {name} | {median:.0f} ms | {slowest:.0f} ms | {took:.1f} s | {jobs_of} | {doubles} |", flush=True)
 
 
 def main(repeats: int) -> None:
     """Measure what is installed, and say what is not."""
+    print(
+        f"| | to the first epoch (goal ≤ 150 ms local) | slowest | {TINY} jobs | by worker | double starts (goal 0) |"
+    )
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for engine in (sqlite, postgresql, ray):
             if engine is not sqlite and postgres.programs() is None:
-                print(f"{engine.__name__}: {postgres.MISSING}")
+                print(f"| {engine.__name__} | {postgres.MISSING} |")
             elif engine is ray and not ray_cluster.installed():
-                print(f"ray: {ray_cluster.MISSING}")
+                print(f"| ray | {ray_cluster.MISSING} |")
             else:
                 with engine() as environment:
                     measure(engine.__name__, environment, Path(folder), repeats)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def train(epochs: int = 60, width: int = 64, seed: int = 0) -> Any:
-    """Singular values of the second weight after every epoch, (epochs + 1, width)."""
+def train(epochs: int = 60, width: int = 64, seed: int = 0, batch: int = 16, *, measure: bool = True) -> Any:
+    """Singular values of the second weight after every epoch, (epochs + 1, width), or only at first."""
     torch.manual_seed(seed)
     inputs, z = make_regression(1000, 20, n_informative=5, n_targets=4, random_state=seed)
     x = torch.tensor(inputs, dtype=torch.float32)[:800]
@@ -23,11 +23,12 @@ def train(epochs: int = 60, width: int = 64, seed: int = 0) -> Any:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.2, weight_decay=5e-3)
     spectra = [torch.linalg.svdvals(middle.weight.detach()).numpy()]
     for _ in range(epochs):
-        for x_batch, y_batch in DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True):
+        for x_batch, y_batch in DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True):
             optimizer.zero_grad()
             nn.functional.mse_loss(network(x_batch), y_batch).backward()
             optimizer.step()
-        spectra.append(torch.linalg.svdvals(middle.weight.detach()).numpy())
+        if measure:
+            spectra.append(torch.linalg.svdvals(middle.weight.detach()).numpy())
     return np.array(spectra)
 
 

@@ -16,6 +16,7 @@ from service.drawing import Drawing
 from service.edge import Edge
 from service.http import declared_query
 from service.monitoring import Requests, StoreCollector, new_registry
+from service.replay import Replay
 from service.routes import (
     analyses,
     analysis_views,
@@ -80,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     for module in ROUTERS:
         app.include_router(module.router)
+    app.add_middleware(Replay)
     app.add_middleware(Edge, settings=settings)
     templates = [(route.path_regex, route.path_format) for route in _routes()]
     app.add_middleware(Watch, templates=templates, requests=Requests(app.state.registry))

@@ -25,7 +25,8 @@ class Context:
     in_flight: dict[str, object] = field(default_factory=dict)  # who holds which scope of an Idempotency-Key
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
+    # Not a plain function: each of those is called in a thread, which costs as much as reading a job.
     context: Context = request.app.state.context
     return replace(context, owner=request.state.owner)
 

@@ -136,11 +136,21 @@ def etag(*parts: object) -> str:
     return f'"{digest.hexdigest()[:32]}"'
 
 
-def validators(row: "JobRow", *parts: object) -> dict[str, str]:
+def settled(request: Request, row: "JobRow") -> None:
+    """Tell `service.replay` of a view that depends on this job's row and on what it has recorded, and is over.
+
+    A sweep is not: its members can still be renamed and deleted.
+    """
+    if row.status in TERMINAL and row.kind != "sweep":
+        request.state.settled = (row.id, row.revision)
+
+
+def validators(request: Request, row: "JobRow", *parts: object) -> dict[str, str]:
     """ETag and caching of a view of what a job has recorded; `parts` are what the view depends on besides the job.
 
     Computed without reading the recording, which can only grow while the job is not over.
     """
+    settled(request, row)
     over = row.status in TERMINAL
     return {
         "etag": etag(row.id, row.attempt, row.status, *parts),

@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from service import files, store
 from service.context import Context
 from service.errors import BadRequestValue, StorageFull
-from service.http import etag, matches
+from service.http import etag, matches, settled
 from service.idempotency import Once
 from service.representations import to_json
 from service.store import TERMINAL, JobRow
@@ -27,6 +27,7 @@ def tag(row: JobRow, *parts: object) -> str:
 
 def unchanged(request: Request, row: JobRow, *parts: object) -> Response | None:
     """304 where the client already has this representation."""
+    settled(request, row)
     current = tag(row, *parts)
     if matches(request.headers.get("if-none-match"), current):
         return Response(status_code=304, headers={"etag": current, "cache-control": "private, no-cache"})

@@ -74,6 +74,11 @@ class Network:
                 start += m
         return cls(weights, biases if spec.network.bias else None)
 
+    def __getitem__(self, members: slice) -> "Network":
+        """Some networks of the batch."""
+        biases = None if self.biases is None else [bias[members] for bias in self.biases]
+        return Network([weight[members] for weight in self.weights], biases)
+
     def member(self, index: int) -> "Network":
         """One network of the batch: weights (out, in), biases (1, out)."""
         biases = None if self.biases is None else [bias[index] for bias in self.biases]

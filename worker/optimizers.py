@@ -1,8 +1,8 @@
 """PyTorch's optimizers at their default settings, over the rows of a batch of members.
 
 The formulas are those of torch.optim, with biases decayed like weights; learning rate, weight decay and momentum are
-columns (M, 1). An update is a function of the step's number, from 1; it changes the parameters (M, P) in place and
-spoils the gradient (M, P).
+columns (M, 1). An update is a function of the step's number, from 1, and of the members that it is for; it changes
+their parameters, rows of (M, P), in place and spoils their gradients.
 """
 
 import math
@@ -18,7 +18,7 @@ from worker.networks import Arrays, Tensor
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
-Update = Callable[[int], None]
+Update = Callable[[int, slice], None]
 
 
 class Optimizer(NamedTuple):
@@ -71,9 +71,9 @@ def _after(decay: Update | None, step: Optimizer) -> Optimizer:
     if decay is None:
         return step
 
-    def update(number: int) -> None:
-        decay(number)
-        step.update(number)
+    def update(number: int, rows: slice) -> None:
+        decay(number, rows)
+        step.update(number, rows)
 
     return Optimizer(update, step.state)
 
@@ -84,9 +84,10 @@ def _coupled_decay(v: _Vectors, decay: Array) -> Update | None:
         return None
     xp, decays = v.arrays.xp, _column(decay, v.arrays)
 
-    def update(number: int) -> None:
-        xp.multiply(v.parameters, decays, out=v.scratch)
-        xp.add(v.gradient, v.scratch, out=v.gradient)
+    def update(number: int, rows: slice) -> None:
+        gradient, scratch = v.gradient[rows], v.scratch[rows]
+        xp.multiply(v.parameters[rows], decays[rows], out=scratch)
+        xp.add(gradient, scratch, out=gradient)
 
     return update
 
@@ -97,8 +98,9 @@ def _decoupled_decay(v: _Vectors, lr_decay: Array) -> Update | None:
         return None
     xp, kept = v.arrays.xp, _column(1 - lr_decay, v.arrays)
 
-    def update(number: int) -> None:
-        xp.multiply(v.parameters, kept, out=v.parameters)
+    def update(number: int, rows: slice) -> None:
+        parameters = v.parameters[rows]
+        xp.multiply(parameters, kept[rows], out=parameters)
 
     return update
 
@@ -108,12 +110,13 @@ def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Optimizer:
     xp, rates, momenta = v.arrays.xp, _column(lr, v.arrays), _column(momentum, v.arrays)
     velocity = v.zeros() if momentum.any() else v.gradient
 
-    def update(number: int) -> None:
+    def update(number: int, rows: slice) -> None:
+        parameters, scratch, moving = v.parameters[rows], v.scratch[rows], velocity[rows]
         if velocity is not v.gradient:
-            xp.multiply(velocity, momenta, out=velocity)
-            xp.add(velocity, v.gradient, out=velocity)
-        xp.multiply(velocity, rates, out=v.scratch)
-        xp.subtract(v.parameters, v.scratch, out=v.parameters)
+            xp.multiply(moving, momenta[rows], out=moving)
+            xp.add(moving, v.gradient[rows], out=moving)
+        xp.multiply(moving, rates[rows], out=scratch)
+        xp.subtract(parameters, scratch, out=parameters)
 
     return Optimizer(update, {} if velocity is v.gradient else {"velocity": velocity})
 
@@ -125,19 +128,21 @@ def _adam(v: _Vectors, lr: Array) -> Optimizer:
     both scaled by √((1 − β₂ᵗ)/(1 − β₂)) to make up for it.
     """
     xp, rates = v.arrays.xp, _column(lr, v.arrays)
-    first, second = v.zeros(), v.zeros()
+    firsts, seconds = v.zeros(), v.zeros()
 
-    def update(number: int) -> None:
+    def update(number: int, rows: slice) -> None:
+        parameters, gradient, scratch = v.parameters[rows], v.gradient[rows], v.scratch[rows]
+        first, second = firsts[rows], seconds[rows]
         scale = math.sqrt((1 - BETA2**number) / (1 - BETA2))
         xp.multiply(first, BETA1, out=first)
-        xp.add(first, v.gradient, out=first)
+        xp.add(first, gradient, out=first)
         xp.multiply(second, BETA2, out=second)
-        xp.multiply(v.gradient, v.gradient, out=v.gradient)
-        xp.add(second, v.gradient, out=second)
-        xp.sqrt(second, out=v.scratch)
-        xp.add(v.scratch, EPSILON * scale, out=v.scratch)
-        xp.divide(first, v.scratch, out=v.scratch)
-        xp.multiply(v.scratch, rates * (scale * (1 - BETA1) / (1 - BETA1**number)), out=v.scratch)
-        xp.subtract(v.parameters, v.scratch, out=v.parameters)
+        xp.multiply(gradient, gradient, out=gradient)
+        xp.add(second, gradient, out=second)
+        xp.sqrt(second, out=scratch)
+        xp.add(scratch, EPSILON * scale, out=scratch)
+        xp.divide(first, scratch, out=scratch)
+        xp.multiply(scratch, rates[rows] * (scale * (1 - BETA1) / (1 - BETA1**number)), out=scratch)
+        xp.subtract(parameters, scratch, out=parameters)
 
-    return Optimizer(update, {"first_moment": first, "second_moment": second})
+    return Optimizer(update, {"first_moment": firsts, "second_moment": seconds})

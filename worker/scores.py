@@ -1,6 +1,6 @@
 """Mean squared error and R² of a batch of networks on whole data sets, summed in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,18 +43,26 @@ def loss_and_r2(squared_errors: Array, total_squares: Array, n_samples: int) -> 
     return loss, np.where((total_squares == 0).any(axis=-1), np.nan, r2)
 
 
-def score_of(network: Network, activation: Activation, x: Tensor, y: Tensor, arrays: Arrays) -> Score:
-    """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features), y (M, n, targets)."""
+def score_of(
+    network: Network, activation: Activation, x: Tensor, y: Tensor, arrays: Arrays, blocks: Sequence[slice]
+) -> Score:
+    """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features), y (M, n, targets).
+
+    It goes by `blocks` of members, whose weights stay in the cache from chunk to chunk.
+    """
     n_members, n_samples, n_targets = y.shape
     total_squares = np.stack([squares_about_mean(member) for member in as_numpy(y)])
-    n_rows, xp = max(1, CHUNK // (n_members * max(network.widths))), arrays.xp
+    xp, widest = arrays.xp, max(network.widths)
+    networks = [(members, network[members]) for members in blocks]
 
     def score() -> tuple[Array, Array]:
         squares = xp.zeros((n_members, n_targets), dtype=xp.float64, device=arrays.device)
-        for start in range(0, n_samples, n_rows):
-            rows = slice(start, start + n_rows)
-            residual = xp.asarray(forward(network, activation, x[:, rows]) - y[:, rows], dtype=xp.float64)
-            squares += (residual * residual).sum(1)
+        for members, part in networks:
+            n_rows = max(1, CHUNK // (len(part.weights[0]) * widest))
+            for start in range(0, n_samples, n_rows):
+                inputs, targets = (values[members, start : start + n_rows] for values in (x, y))
+                residual = xp.asarray(forward(part, activation, inputs) - targets, dtype=xp.float64)
+                squares[members] += (residual * residual).sum(1)
         return loss_and_r2(as_numpy(squares), total_squares, n_samples)
 
     return score

@@ -12,11 +12,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.mathtext import MathTextParser
 from matplotlib.text import Text
 
 from service.pictures import Size
 from service.render.style import GRID, MUTED, PAPER, drawing, ellipsise, plain, text_scale
 
+# Every renderer comes with a parser that has seen no formula yet; ours remembers those of the labels.
+FORMULAS = MathTextParser("path")
 Looks = dict[int, dict[str, Any]]
 Shown = ParamSpec("Shown")
 
@@ -53,7 +56,9 @@ def blank(size: Size | None) -> Frame:
     size = size or Size()
     inches = (size.width / size.dpi, size.height / size.dpi)
     figure = Figure(figsize=inches, dpi=size.dpi, facecolor=PAPER)
-    return Frame(size, figure, FigureCanvasAgg(figure), text_scale(*inches))
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.get_renderer().mathtext_parser = FORMULAS
+    return Frame(size, figure, canvas, text_scale(*inches))
 
 
 def put(frame: Frame, place: tuple[float, float], text: str, points: float, **look: Any) -> Text:

@@ -87,7 +87,7 @@ def _prepare(
     name, query = form
     with here.database.read.begin() as session:
         row = store.get_job(session, KIND, here.owner, analysis_id)
-        headers = validators(row, row.revision, name, query.model_dump_json())
+        headers = validators(request, row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)

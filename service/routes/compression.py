@@ -39,7 +39,7 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
-        headers = validators(row, last, query.model_dump_json())
+        headers = validators(request, row, last, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)

@@ -30,7 +30,7 @@ def metrics(here: Here, request: Request, experiment_id: str, query: Annotated[E
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", here.owner, experiment_id)
-        headers = validators(row, store.last_epoch(session, row.id), form, query.model_dump_json())
+        headers = validators(request, row, store.last_epoch(session, row.id), form, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         spec = ExperimentSpec.model_validate(row.spec)

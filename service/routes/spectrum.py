@@ -61,7 +61,7 @@ class SpectrumQuery(EpochQuery):
 
 @dataclass(frozen=True)
 class Recording:
-    """What is asked for of what is recorded: epochs, and σ of shape (epochs, k) by layer."""
+    """What is asked for of what is recorded: epochs, σ of shape (epochs, k) by layer, and losses for pictures."""
 
     row: JobRow
     spec: ExperimentSpec
@@ -96,7 +96,7 @@ def _prepare(
         row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
         # The name is drawn into the pictures.
-        headers = validators(row, last, row.name, form, query.model_dump_json())
+        headers = validators(request, row, last, row.name, form, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         if last is None and form not in TEXT:
@@ -139,7 +139,8 @@ def _load(session: Session, row: JobRow, query: SpectrumQuery, form: str) -> Rec
     spectra = {
         layer: store.spectra(session, row.id, layer, min(spec.shapes[layer]), epochs, of=query.of) for layer in layers
     }
-    return Recording(row, spec, epochs, spectra, store.losses(session, row.id, epochs))
+    losses = store.losses(session, row.id, epochs) if form in PICTURES else []
+    return Recording(row, spec, epochs, spectra, losses)
 
 
 def _shown(epochs: list[int], query: SpectrumQuery, form: str) -> list[int]:

@@ -67,7 +67,7 @@ def _prepare(
     with here.database.read.begin() as session:
         row = store.get_job(session, "sweep", here.owner, sweep_id)
         state = store.count_members(session, [row.id]).get(row.id)
-        headers = validators(row, row.revision, state, form, query.model_dump_json())
+        headers = validators(request, row, row.revision, state, form, query.model_dump_json())
         # Members of a sweep that is over can still be deleted.
         headers["cache-control"] = "private, no-cache"
         if unchanged(request, headers):

@@ -39,4 +39,4 @@ def weights(here: Here, request: Request, experiment_id: str, query: Annotated[W
         if row.status in store.TERMINAL:
             raise InvalidState(f"the run {row.status} before it had {query.at} weights")
         raise SpectrumNotReady(f"the {query.at} weights are not written yet")
-    return download(request, path, f"{row.id}-{query.at}.safetensors", validators(row, query.at))
+    return download(request, path, f"{row.id}-{query.at}.safetensors", validators(request, row, query.at))

@@ -23,6 +23,7 @@ from service.store.jobs import (
     missing,
     over,
     rename_job,
+    revision_of,
 )
 from service.store.outcomes import Outcome, all_epochs, histories, outcomes
 from service.store.queue import (
@@ -146,6 +147,7 @@ __all__ = [
     "remember",
     "remembered",
     "rename_job",
+    "revision_of",
     "schema",
     "settle",
     "sizes",

@@ -7,7 +7,7 @@ from sqlalchemy import Select, and_, func, select
 from sqlalchemy.orm import Session
 
 from service.lowrank.ranks import Array
-from service.store.recordings import FLOAT64
+from service.store.recordings import FLOAT64, LOSSES
 from service.store.sweeps import MEMBER
 from service.store.tables import CutRow, EpochRow, JobRow, SpectrumRow
 
@@ -34,10 +34,9 @@ def outcomes(session: Session, sweep_id: str, layer: str) -> dict[str, Outcome]:
     final = _arrays(session, of_layer.join(ends, spectrum_at_end))
     initial = _arrays(session, of_layer.where(SpectrumRow.job_id.in_(ids), SpectrumRow.epoch == 0))
     cuts = _arrays(session, select(CutRow.job_id, CutRow.r2).where(CutRow.job_id.in_(ids), CutRow.layer == layer))
-    names = ("epoch", "train_loss", "validation_loss", "train_r2", "validation_r2")
     return {
         row.job_id: Outcome(
-            {name: getattr(row, name) for name in names},
+            {name: getattr(row, name) for name in LOSSES},
             *(found.get(row.job_id) for found in (initial, final, cuts)),
         )
         for row in losses

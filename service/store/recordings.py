@@ -15,6 +15,7 @@ from service.store.queue import Token
 from service.store.tables import CutRow, EpochRow, SpectrumRow
 
 FLOAT64 = np.dtype("<f8")
+LOSSES = ("epoch", "train_loss", "validation_loss", "train_r2", "validation_r2")
 
 
 class Epoch(NamedTuple):
@@ -107,16 +108,10 @@ def recorded_epochs(session: Session, job_id: str, epochs: EpochRange) -> list[i
 
 def losses(session: Session, job_id: str, epochs: Sequence[int]) -> list[dict[str, Any]]:
     """Epoch, losses and R² of the epochs, in their order."""
-    columns = (
-        EpochRow.epoch,
-        EpochRow.train_loss,
-        EpochRow.validation_loss,
-        EpochRow.train_r2,
-        EpochRow.validation_r2,
-    )
-    query = select(*columns).where(EpochRow.job_id == job_id, *_among(EpochRow.epoch, epochs))
+    query = select(*(getattr(EpochRow, name) for name in LOSSES))
+    query = query.where(EpochRow.job_id == job_id, *_among(EpochRow.epoch, epochs)).order_by(EpochRow.epoch)
     wanted = set(epochs)
-    return [dict(row) for row in session.execute(query.order_by(EpochRow.epoch)).mappings() if row.epoch in wanted]
+    return [dict(zip(LOSSES, row, strict=True)) for row in session.execute(query) if row[0] in wanted]
 
 
 def spectra(session: Session, job_id: str, layer: str, k: int, epochs: Sequence[int], *, of: str) -> Array:
