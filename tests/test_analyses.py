@@ -257,7 +257,7 @@ def test_pictures_are_drawn_once_and_as_large_as_asked(server: Server, model: di
     assert b'width="500" height="300"' in drawing.content
 
 
-def test_the_picture_of_one_layer_is_drawn_for_a_zero_matrix_too(server: Server) -> None:  # row 140
+def test_row_140_the_picture_of_one_layer_is_drawn_for_a_zero_matrix_too(server: Server) -> None:
     state = server.analyze(saved(np.zeros((5, 4))))
     for path in ("spectrum?format=png", "spectrum?format=png&layer=all", "compression?rule=global_budget&format=png"):
         answer = server.client.get(f"/analyses/{state['id']}/{path}")

@@ -183,7 +183,7 @@ def test_what_is_not_there_is_not_found(server: Server, path: str) -> None:
     problem(server.client.get(path), 404, "not-found")
 
 
-def test_a_method_that_a_path_does_not_take(server: Server) -> None:  # row 34
+def test_row_34_a_method_that_a_path_does_not_take(server: Server) -> None:
     answer = server.client.put("/experiments")
     problem(answer, 405, "method-not-allowed")
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
@@ -237,13 +237,13 @@ def test_a_budget_below_one_rank_names_the_least_that_gives_one(server: Server, 
 
 
 @pytest.mark.parametrize("path", ["spectrum", "metrics", "compression"])
-def test_what_nobody_can_send_is_not_acceptable(server: Server, memo: dict[str, Any], path: str) -> None:  # row 35
+def test_row_35_what_nobody_can_send_is_not_acceptable(server: Server, memo: dict[str, Any], path: str) -> None:
     answer = server.client.get(f"/experiments/{memo['id']}/{path}", headers={"accept": "application/xml"})
     assert "application/json" in problem(answer, 406, "not-acceptable")["available"]
 
 
 @pytest.mark.parametrize("accept", ["", "///", "image/png;q=9", "text/html;q=x, */*", ","])
-def test_a_malformed_accept_is_anything(server: Server, memo: dict[str, Any], accept: str) -> None:  # row 36
+def test_row_36_a_malformed_accept_is_anything(server: Server, memo: dict[str, Any], accept: str) -> None:
     answer = server.client.get(f"/experiments/{memo['id']}/spectrum", headers={"accept": accept})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
@@ -284,14 +284,14 @@ def test_a_name_that_grows_when_composed_is_measured_composed(server: Server) ->
 
 
 @pytest.mark.parametrize("header", ["bytes=" + ",".join(["0-"] * 10_000), "bytes=99999999-", "bytes=-0"])
-def test_bad_ranges_are_not_satisfiable(server: Server, memo: dict[str, Any], header: str) -> None:  # row 37
+def test_row_37_bad_ranges_are_not_satisfiable(server: Server, memo: dict[str, Any], header: str) -> None:
     answer = server.client.get(f"/experiments/{memo['id']}/weights", headers={"range": header})
     problem(answer, 416, "range-not-satisfiable")
     assert answer.headers["content-range"].startswith("bytes */")
 
 
 @pytest.mark.parametrize("name", ["شبكة عصبية 🧠 é", r"$\frac{", "<script>alert(1)</script>", "'; DROP TABLE jobs; --"])
-def test_any_printable_name_is_a_mere_label(server: Server, name: str) -> None:  # rows 16, 17
+def test_rows_16_17_any_printable_name_is_a_mere_label(server: Server, name: str) -> None:
     state = server.run({"name": name, "training": {"epochs": 1}})
     assert (state["status"], state["name"]) == ("succeeded", name)
     for form in ("png", "svg", "gif"):
@@ -304,7 +304,7 @@ def test_names_are_stored_composed(server: Server) -> None:
     assert server.post({"name": "e\u0301", "training": {"epochs": 1}})["name"] == "\u00e9"
 
 
-def test_a_byte_order_mark_is_let_through(server: Server) -> None:  # row 5
+def test_row_5_a_byte_order_mark_is_let_through(server: Server) -> None:
     body = b"\xef\xbb\xbf" + json.dumps({"training": {"epochs": 1}}).encode()
     assert server.client.post("/experiments", content=body, headers=JSON).status_code == 202
 
@@ -314,7 +314,7 @@ def test_other_hosts_are_not_ours(server: Server, host: str) -> None:
     problem(server.client.get("/healthz", headers={"host": host}), 400, "host-not-allowed")
 
 
-def test_equal_frames_are_all_drawn_and_a_zero_spectrum_too(server: Server) -> None:  # rows 140, 141
+def test_rows_140_141_equal_frames_are_all_drawn_and_a_zero_spectrum_too(server: Server) -> None:
     state = server.run({"training": {"lr": 5e-324, "epochs": 9}})
     path = f"/experiments/{state['id']}/spectrum"
     for of in ("weights", "update"):  # The weights never change, so the update is zero.
@@ -328,7 +328,7 @@ def test_equal_frames_are_all_drawn_and_a_zero_spectrum_too(server: Server) -> N
 
 
 @pytest.mark.parametrize("query", ["width=1000000000", "height=0", "dpi=1000000", "scale=cubic"])
-def test_bad_pictures_of_an_analysis_are_refused(server: Server, query: str) -> None:  # row 138
+def test_row_138_bad_pictures_of_an_analysis_are_refused(server: Server, query: str) -> None:
     state = server.analyze(saved(np.eye(3)))
     answer = server.client.get(f"/analyses/{state['id']}/spectrum?format=png&{query}")
     assert problem(answer, 422, "validation-error")["errors"][0]["parameter"] == query.partition("=")[0]

@@ -149,7 +149,7 @@ def test_bad_places_in_a_stream_are_refused(
     assert problem(answer, 422, "validation-error")["errors"][0]["parameter"]
 
 
-def test_events_are_not_acceptable_as_anything_else(server: Server, memo: dict[str, Any]) -> None:  # row 35
+def test_row_35_events_are_not_acceptable_as_anything_else(server: Server, memo: dict[str, Any]) -> None:
     answer = server.client.get(f"/experiments/{memo['id']}/events", headers={"accept": "application/xml"})
     assert problem(answer, 406, "not-acceptable")["available"] == ["text/event-stream", "application/json"]
 

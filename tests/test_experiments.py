@@ -227,7 +227,7 @@ def test_top_k_cuts_pictures_too(server: Server, memo: dict[str, Any]) -> None:
     assert whole != cut
 
 
-def test_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:  # row 50
+def test_row_50_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:
     state = server.run({"training": {"lr": 1e300}})
     assert (state["status"], state["error"]["type"]) == ("failed", "diverged")
     assert "epoch 1" in state["error"]["detail"]
@@ -241,21 +241,21 @@ def test_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:  # row 
     assert get(server, state, "metrics").json()["tau"] is None
 
 
-def test_a_vanishing_learning_rate_changes_nothing(server: Server) -> None:  # row 51
+def test_row_51_a_vanishing_learning_rate_changes_nothing(server: Server) -> None:
     state = server.run({"training": {"lr": 5e-324, "epochs": 2}})
     assert state["status"] == "succeeded"
     initial, final = (get(server, state, "weights", at=at).content for at in ("initial", "final"))
     assert initial == final
 
 
-def test_rare_recording_has_first_and_last(server: Server) -> None:  # row 55
+def test_row_55_rare_recording_has_first_and_last(server: Server) -> None:
     state = server.run({"training": {"epochs": 3}, "record": {"every": 100, "layers": ["W1"]}})
     document = get(server, state, "spectrum").json()
     assert [epoch["epoch"] for epoch in document["epochs"]] == [0, 3]
     assert document["layers"] == [{"name": "W1", "shape": [64, 20]}]  # The default layer is not recorded.
 
 
-def test_a_network_of_width_one_trains(server: Server) -> None:  # row 47
+def test_row_47_a_network_of_width_one_trains(server: Server) -> None:
     state = server.run({"network": {"hidden": [1]}, "data": {"n_targets": 1}, "training": {"epochs": 2}})
     assert state["status"] == "succeeded"
     report = get(server, state, "compression").json()

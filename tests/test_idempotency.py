@@ -89,7 +89,7 @@ def test_a_refusal_is_not_remembered_and_a_deleted_job_is_not_made_again(idle: S
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a b", "naïve".encode(), b"a\tb"])
-def test_what_is_no_key_is_refused(idle: Server, key: str | bytes) -> None:  # row 41
+def test_row_41_what_is_no_key_is_refused(idle: Server, key: str | bytes) -> None:
     for path in ("/experiments", "/analyze", "/experiments/none/cancel", "/analyses/none/factors"):
         answer = idle.client.post(path, json={}, headers={"idempotency-key": key})
         problem(answer, 400, "idempotency-key-invalid")
@@ -116,7 +116,7 @@ def until_it_is_in_flight(server: Server, key: str) -> None:
     wait_for(lambda: server.client.post("/analyze", headers=refused).status_code == 409, "the upload to be in flight")
 
 
-def test_while_the_first_is_received_a_second_one_is_told_to_wait(idle: Server) -> None:  # row 42
+def test_row_42_while_the_first_is_received_a_second_one_is_told_to_wait(idle: Server) -> None:
     key = str(uuid.uuid4())
     with connect(idle) as first:
         first.sendall(head("/analyze", len(FILE), key, "Prefer: respond-async") + FILE[:-1])

@@ -72,13 +72,13 @@ def test_an_idle_connection_is_closed(impatient: Server) -> None:
 
 
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
-def test_a_head_that_does_not_end_is_timed_out(impatient: Server, start: bytes) -> None:  # row 27
+def test_row_27_a_head_that_does_not_end_is_timed_out(impatient: Server, start: bytes) -> None:
     with connect(impatient) as connection:
         connection.sendall(start)
         assert is_timeout(rest(connection))
 
 
-def test_a_head_that_trickles_is_timed_out_all_the_same(impatient: Server) -> None:  # row 27
+def test_row_27_a_head_that_trickles_is_timed_out_all_the_same(impatient: Server) -> None:
     with connect(impatient) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
         connection.settimeout(0.05)
@@ -99,7 +99,7 @@ def test_a_head_that_trickles_is_timed_out_all_the_same(impatient: Server) -> No
 
 @pytest.mark.parametrize("path", ["/experiments", "/analyze"])
 @pytest.mark.parametrize("body", [b"", b'{"name": '])
-def test_a_silent_body_is_timed_out_and_leaves_no_file(impatient: Server, path: str, body: bytes) -> None:  # row 24
+def test_row_24_a_silent_body_is_timed_out_and_leaves_no_file(impatient: Server, path: str, body: bytes) -> None:
     with connect(impatient) as connection:
         connection.sendall(head(path, "Content-Length: 100") + body)
         assert is_timeout(rest(connection))
@@ -139,7 +139,7 @@ def test_a_waiting_answer_has_no_deadline(impatient: Server) -> None:
         assert rest(connection).startswith(b"HTTP/1.1 202")  # After five times the deadline.
 
 
-def test_an_endless_chunked_body_is_refused_and_closed(impatient: Server) -> None:  # row 22
+def test_row_22_an_endless_chunked_body_is_refused_and_closed(impatient: Server) -> None:
     with connect(impatient) as connection:
         connection.sendall(head("/experiments", "Transfer-Encoding: chunked", "Content-Type: application/json"))
         chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
@@ -198,7 +198,7 @@ def test_what_is_no_request_is_refused(impatient: Server, request_bytes: bytes) 
     assert impatient.client.get("/healthz").is_success
 
 
-def test_a_tls_client_is_refused(impatient: Server) -> None:  # row 26
+def test_row_26_a_tls_client_is_refused(impatient: Server) -> None:
     with connect(impatient) as connection, pytest.raises((ssl.SSLError, OSError)):
         ssl.create_default_context().wrap_socket(connection, server_hostname="localhost")
 

@@ -60,7 +60,7 @@ def test_a_file_that_is_refused_leaves_nothing(torch_server: Server) -> None:
     assert set((torch_server.data / "uploads").iterdir()) == before
 
 
-def test_nan_is_told_with_its_count_and_place(server: Server) -> None:  # row 94
+def test_row_94_nan_is_told_with_its_count_and_place(server: Server) -> None:
     matrix = np.zeros((3, 4, 2))
     matrix[1, 2, 1] = matrix[2, 0, 0] = np.nan
     answer = server.client.post("/analyze", content=saved(matrix))
@@ -155,7 +155,7 @@ NAMES = [b"../../etc/passwd", b"x" * 10_000, b"", b"a\0b", "ж".encode()]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=["up", "long", "empty", "NUL", "Cyrillic"])
-def test_a_filename_is_not_used(server: Server, name: bytes) -> None:  # row 135
+def test_row_135_a_filename_is_not_used(server: Server, name: bytes) -> None:
     head = b'Content-Disposition: form-data; name="file"; filename="' + name + b'"\r\nContent-Type: image/png'
     answer = server.client.post("/analyze", content=multipart(saved(MATRIX), head), headers=FORM)
     assert answer.status_code == 200, answer.text
@@ -163,7 +163,7 @@ def test_a_filename_is_not_used(server: Server, name: bytes) -> None:  # row 135
     assert answer.json()["source"]["bytes"] == len(saved(MATRIX))
 
 
-def test_the_content_type_decides_nothing(server: Server) -> None:  # row 136
+def test_row_136_the_content_type_decides_nothing(server: Server) -> None:
     for content_type in ("image/png", "application/x-www-form-urlencoded", "application/json", "nonsense"):
         answer = server.client.post("/analyze", content=saved(MATRIX), headers={"content-type": content_type})
         assert answer.status_code == 200
@@ -233,7 +233,7 @@ def test_every_version_of_npy_is_read(server: Server, version: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_both_memory_orders_of_a_kernel_are_the_same_matrix(server: Server, order: Any) -> None:  # rows 74, 86
+def test_rows_74_86_both_memory_orders_of_a_kernel_are_the_same_matrix(server: Server, order: Any) -> None:
     kernel = np.random.default_rng(1).standard_normal((6, 5, 3, 2))
     state = server.analyze(saved(np.asarray(kernel, order=order)))
     np.testing.assert_array_equal(values_of(state), values_of(server.analyze(saved(kernel), reuse=False)))
@@ -244,18 +244,18 @@ def test_both_memory_orders_of_a_kernel_are_the_same_matrix(server: Server, orde
     problem(server.client.post("/analyze?matricize=none", content=saved(kernel)), 422, "unsupported-shape")
 
 
-def test_large_integers_say_that_they_may_be_rounded(server: Server) -> None:  # row 81
+def test_row_81_large_integers_say_that_they_may_be_rounded(server: Server) -> None:
     (tensor,) = server.analyze(saved(np.array([[2**60 + 1, 3], [1, -(2**62)]])))["tensors"]
     assert any(note.startswith("2 integers beyond") for note in tensor["notes"])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
-def test_a_vector_has_one_singular_value_its_norm(server: Server, shape: tuple[int, int]) -> None:  # row 85
+def test_row_85_a_vector_has_one_singular_value_its_norm(server: Server, shape: tuple[int, int]) -> None:
     matrix = np.random.default_rng(2).standard_normal(shape)
     assert values_of(server.analyze(saved(matrix))) == pytest.approx([np.linalg.norm(matrix)], rel=1e-14)
 
 
-def test_the_zero_matrix_has_rank_0_and_no_nan(server: Server) -> None:  # row 95
+def test_row_95_the_zero_matrix_has_rank_0_and_no_nan(server: Server) -> None:
     answer = server.client.post("/analyze", content=saved(np.zeros((4, 3))))
     assert "NaN" not in answer.text
     (tensor,) = answer.json()["tensors"]
@@ -266,7 +266,7 @@ def test_the_zero_matrix_has_rank_0_and_no_nan(server: Server) -> None:  # row 9
 
 
 @pytest.mark.parametrize("scale", [1e308, 1e-320, 5e-324])
-def test_matrices_at_the_ends_of_float64_have_their_ranks(server: Server, scale: float) -> None:  # row 96
+def test_row_96_matrices_at_the_ends_of_float64_have_their_ranks(server: Server, scale: float) -> None:
     (tensor,) = server.analyze(saved(np.full((3, 3), scale)))["tensors"]
     assert (tensor["numerical_rank"], tensor["energy_rank_99"], tensor["compression"]["rank"]) == (1, 1, 1)
     assert tensor["stable_rank"] == pytest.approx(1, rel=1e-12)
@@ -274,7 +274,7 @@ def test_matrices_at_the_ends_of_float64_have_their_ranks(server: Server, scale:
     assert tensor["spectral_norm"] == (pytest.approx(largest, rel=1e-12) if np.isfinite(largest) else None)
 
 
-def test_member_names_are_escaped_labels(server: Server) -> None:  # row 104
+def test_row_104_member_names_are_escaped_labels(server: Server) -> None:
     names = ["../../etc/x", "/etc/passwd", "a\0b", "\u202egnp.exe", "back\\slash"]
     content = safetensors({name: entry((2, 2), 16 * i, 16 * i + 16) for i, name in enumerate(names)}, bytes(80))
     shown = [tensor["name"] for tensor in server.analyze(content)["tensors"]]
@@ -283,7 +283,7 @@ def test_member_names_are_escaped_labels(server: Server) -> None:  # row 104
     assert len(server.analyze(zipped(*parts))["tensors"]) == len(parts)
 
 
-def test_one_bad_tensor_harms_no_other(server: Server) -> None:  # rows 94, 99, 106, 107, 110, 117, 120
+def test_rows_94_99_106_107_110_117_120_one_bad_tensor_harms_no_other(server: Server) -> None:
     nan = np.full((2, 2), np.nan)
     content = zipped(
         Part("good.npy", saved(MATRIX)),
@@ -310,7 +310,7 @@ FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", *FLOAT8])
-def test_every_float_of_safetensors_and_torch_is_read(torch_server: Server, dtype: str) -> None:  # rows 117, 129
+def test_rows_117_129_every_float_of_safetensors_and_torch_is_read(torch_server: Server, dtype: str) -> None:
     tensor = torch.from_numpy(MATRIX).to(getattr(torch, dtype))
     expected = np.linalg.svd(tensor.double().numpy())[1]
     integers = {"ids": torch.arange(6).reshape(2, 3)}
@@ -321,7 +321,7 @@ def test_every_float_of_safetensors_and_torch_is_read(torch_server: Server, dtyp
         assert {one["name"]: one["dtype"] for one in state["tensors"]} == {"w": dtype, "ids": "int64"}
 
 
-def test_views_parameters_and_nests_of_a_checkpoint_are_read(torch_server: Server) -> None:  # row 129
+def test_row_129_views_parameters_and_nests_of_a_checkpoint_are_read(torch_server: Server) -> None:
     whole = torch.from_numpy(np.random.default_rng(3).standard_normal((12, 9)))
     saved_dict = {
         "model": {"rows": whole[3:7], "columns": whole[:, 2:5], "turned": whole.T, "half": whole[::2, ::3]},
@@ -347,7 +347,7 @@ def test_scalars_and_tensors_with_attributes_harm_no_other(torch_server: Server)
     assert standing == {"w": None, "scale": "unsupported-shape", "disguised": None}
 
 
-def test_an_empty_tensor_with_endless_sides_is_only_skipped(server: Server) -> None:  # rows 89, 120
+def test_rows_89_120_an_empty_tensor_with_endless_sides_is_only_skipped(server: Server) -> None:
     content = safetensors({"w": entry(), "empty": entry([0, 2**62, 2**62], 16, 16)}, bytes(16))
     state = server.analyze(content)
     assert {tensor["name"]: tensor["status"] for tensor in state["tensors"]} == {"w": "analysed", "empty": "skipped"}

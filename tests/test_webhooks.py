@@ -211,7 +211,7 @@ def test_two_servers_deliver_nothing_twice(idle: Server, receiver: Receiver) -> 
         "http://" + "a" * 70 + ".org/", "", "x" * 2001, "http://exa\nmple.org/",
     ],
 )  # fmt: skip
-def test_a_webhook_to_where_none_may_go_is_refused(strict: Server, url: str) -> None:  # row 44
+def test_row_44_a_webhook_to_where_none_may_go_is_refused(strict: Server, url: str) -> None:
     answer = strict.client.post("/experiments", json={"webhook": {"url": url}})
     assert problem(answer, 422, "validation-error")["errors"][0]["pointer"] == "/webhook/url"
     assert "pw@" not in answer.text
@@ -236,7 +236,7 @@ def test_without_a_secret_there_are_no_webhooks(server: Server) -> None:
     assert server.client.get("/limits").json()["webhooks"] is False
 
 
-def test_an_address_is_checked_again_when_it_is_sent_to(strict: Server, receiver: Receiver) -> None:  # row 44
+def test_row_44_an_address_is_checked_again_when_it_is_sent_to(strict: Server, receiver: Receiver) -> None:
     job = queue_unchecked(strict.data, receiver.url)
     cancel(strict, job)
     delivery = settled(strict, job)
