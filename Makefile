@@ -22,7 +22,7 @@ coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) --cov --cov-report=term
 
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m slow
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m 'slow and not soak'
 
 soak: $(VENV)/soak
 	$(BIN)/python -m fuzz.formats --seconds 200
