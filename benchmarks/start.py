@@ -3,8 +3,9 @@
     python -m benchmarks.start [repeats]
 
 Seconds from `rankscope serve` to an answer of `/healthz`, of the API alone and with a worker starting beside it: by the
-clock, and CPU of the API's process; medians after one to warm up. Memory is resident (RSS), of the API and its worker
-before the first job, then of the fork server and a child that trains, and of the drawing process after a PNG and a GIF.
+clock, and CPU of the API's process; medians after one to warm up. Memory is resident (RSS), of the API
+before the first job, of the worker, its fork server and a child that trains, and of the drawing process after a PNG and
+a GIF.
 Memory shared between processes is counted in each.
 """
 
@@ -64,9 +65,12 @@ def running(folder: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
 
 
 def memory(folder: Path) -> dict[str, int]:
-    """Bytes of every process: before the first job, while one trains, and after pictures."""
+    """Bytes of every process: of the API before the first job, of the others while one trains, after pictures.
+
+    A server is ready before its worker has loaded all that it will.
+    """
     with running(folder) as (client, server):
-        held = {name: process.memory_info().rss for name, process in processes(server).items()}
+        held = {"API": server.memory_info().rss}
         path = finish(client, client.post("/experiments", json={}))
         for form in ("png", "gif"):
             client.get(f"{path}/spectrum", params={"format": form}).raise_for_status()
@@ -74,7 +78,7 @@ def memory(folder: Path) -> dict[str, int]:
         while client.get(f"/experiments/{job['id']}").json()["progress"]["done"] < 100:
             time.sleep(0.1)
         busy = processes(server)
-        held |= {name: busy[name].memory_info().rss for name in ("fork server", "job", "drawing process")}
+        held |= {name: process.memory_info().rss for name, process in busy.items() if name != "API"}
         if "torch" in " ".join(one.path for one in busy["worker"].memory_maps()):
             raise RuntimeError("the worker itself has loaded torch")
         client.post(f"/experiments/{job['id']}/cancel").raise_for_status()
