@@ -21,9 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import textbook
-from benchmarks.measure import cpu_seconds, finish, require_one_thread, server_process, tree_cpu_s
-from service.demo import running_server, wait_until_ready
-from service.settings import Settings
+from benchmarks.measure import cpu_seconds, finish, ready_server, require_one_thread, tree_cpu_s
 
 FRAMES, GIFS = 61, 10
 EVERY_S = 0.02
@@ -50,13 +48,13 @@ def measure(client: httpx.Client, pid: int, path: str, repeat: int, folder: Path
     return found
 
 
-def health(url: str, client: httpx.Client, path: str) -> list[float]:
+def health(client: httpx.Client, path: str) -> list[float]:
     """Seconds of each answer of `/healthz` while GIFs are drawn and an experiment trains."""
     times: list[float] = []
     drawn = threading.Event()
 
     def watch() -> None:
-        with httpx.Client(base_url=url, timeout=60) as other:
+        with httpx.Client(base_url=client.base_url, timeout=60) as other:
             other.get("/healthz")
             while not drawn.wait(EVERY_S):
                 start = time.perf_counter()
@@ -94,18 +92,12 @@ def report(first: float, medians: dict[str, float], times: list[float]) -> None:
 def main(repeats: int) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory() as name,
-        running_server(Settings(data=Path(name) / "data"), Path(name)) as url,
-        httpx.Client(base_url=url, timeout=120) as client,
-    ):
-        wait_until_ready(client)
-        pid = server_process().pid
+    with tempfile.TemporaryDirectory() as name, ready_server(Path(name)) as (client, server):
         path = finish(client, client.post("/experiments", json={}))
-        first = costs(client, pid, path, format="png")
-        rows = [measure(client, pid, path, repeat, Path(name)) for repeat in range(repeats + 1)][1:]
+        first = costs(client, server.pid, path, format="png")
+        rows = [measure(client, server.pid, path, repeat, Path(name)) for repeat in range(repeats + 1)][1:]
         medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-        report(first, medians, health(url, client, path))
+        report(first, medians, health(client, path))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """What the benchmarks measure with."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+from service.demo import running_server, wait_until_ready
+from service.settings import Settings
 
 
 def require_one_thread() -> None:
@@ -34,10 +39,16 @@ def finish(client: httpx.Client, posted: httpx.Response) -> str:
     return path
 
 
-def server_process() -> psutil.Process:
-    """The server that this process started."""
-    (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
-    return server
+@contextlib.contextmanager
+def ready_server(folder: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
+    """A server with one worker that takes work, and keeps what it has in the folder."""
+    with (
+        running_server(Settings(data=folder / "data"), folder) as url,
+        httpx.Client(base_url=url, timeout=120) as client,
+    ):
+        wait_until_ready(client)
+        (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
+        yield client, server
 
 
 def tree_cpu_s(pid: int) -> float:

@@ -21,9 +21,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import require_one_thread, server_process, tree_cpu_s
-from service.demo import running_server, wait_until_ready
-from service.settings import Settings
+from benchmarks.measure import ready_server, require_one_thread, tree_cpu_s
 
 WIDTH, N_BLOCKS, N_POSITIONS = 768, 12, 1024
 LAYERS = {
@@ -133,12 +131,7 @@ def main() -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with (
-            running_server(Settings(data=folder / "data"), folder) as url,
-            httpx.Client(base_url=url, timeout=60) as client,
-        ):
-            wait_until_ready(client)
-            server = server_process()
+        with ready_server(folder) as (client, server):
             warm_up(client)
             print("| | file | time | CPU | job's memory (RSS) | goal | API above idle | goal |")
             print("|---|---|---|---|---|---|---|---|")

@@ -9,21 +9,16 @@ a GIF.
 Memory shared between processes is counted in each.
 """
 
-import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
-from benchmarks.measure import finish, require_one_thread, server_process
-from service.demo import running_server, wait_until_ready
-from service.settings import Settings
+from benchmarks.measure import finish, ready_server, require_one_thread
 from tests.conftest import command_line, start_server, stop_server
 
 GOALS = {"API": 120, "worker": 80, "fork server": 400, "job": 400, "drawing process": 150}
@@ -53,23 +48,12 @@ def processes(server: psutil.Process) -> dict[str, psutil.Process]:
     return found
 
 
-@contextlib.contextmanager
-def running(folder: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
-    """A server with one worker, ready."""
-    with (
-        running_server(Settings(data=folder / "data"), folder) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
-        wait_until_ready(client)
-        yield client, server_process()
-
-
 def memory(folder: Path) -> dict[str, int]:
     """Bytes of every process: of the API before the first job, of the others while one trains, after pictures.
 
     A server is ready before its worker has loaded all that it will.
     """
-    with running(folder) as (client, server):
+    with ready_server(folder) as (client, server):
         held = {"API": server.memory_info().rss}
         path = finish(client, client.post("/experiments", json={}))
         for form in ("png", "gif"):

@@ -15,9 +15,7 @@ import httpx
 import torch
 
 from benchmarks import textbook
-from benchmarks.measure import cpu_seconds, finish, require_one_thread, server_process, tree_cpu_s
-from service.demo import running_server, wait_until_ready
-from service.settings import Settings
+from benchmarks.measure import cpu_seconds, finish, ready_server, require_one_thread, tree_cpu_s
 
 MEMBERS = 64
 GOAL = 10
@@ -46,13 +44,8 @@ def measure(client: httpx.Client, pid: int, repeat: int) -> tuple[float, float]:
 def main(repeats: int) -> None:
     """Print medians and ratios."""
     torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_server(Settings(data=Path(folder) / "data"), Path(folder)) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
-        wait_until_ready(client)
-        rows = [measure(client, server_process().pid, repeat) for repeat in range(repeats + 1)][1:]
+    with tempfile.TemporaryDirectory() as name, ready_server(Path(name)) as (client, server):
+        rows = [measure(client, server.pid, repeat) for repeat in range(repeats + 1)][1:]
     loop, sweep = (statistics.median(column) for column in zip(*rows, strict=True))
     print("| | CPU | textbook runs | goal |")
     print("|---|---|---|---|")

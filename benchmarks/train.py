@@ -25,11 +25,9 @@ import httpx
 import torch
 
 from benchmarks import textbook
-from benchmarks.measure import cpu_seconds, finish, require_one_thread, server_process, tree_cpu_s
+from benchmarks.measure import cpu_seconds, finish, ready_server, require_one_thread, tree_cpu_s
 from benchmarks.sweep import body_of
-from service.demo import running_server, wait_until_ready
 from service.schemas import resolve
-from service.settings import Settings
 from service.sweeps import expand
 from worker import experiment
 from worker.trainer import Trainer
@@ -151,14 +149,8 @@ def main(repeats: int) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     other = yardstick()
-    with (
-        tempfile.TemporaryDirectory() as name,
-        running_server(Settings(data=Path(name) / "data"), Path(name)) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
-        wait_until_ready(client)
-        pid = server_process().pid
-        rows = [measure(client, pid, repeat, other) for repeat in range(repeats + 1)][1:]
+    with tempfile.TemporaryDirectory() as name, ready_server(Path(name)) as (client, server):
+        rows = [measure(client, server.pid, repeat, other) for repeat in range(repeats + 1)][1:]
     report({name: statistics.median(row[name] for row in rows) for name in rows[0]})
     report_spectra()
 

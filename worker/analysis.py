@@ -48,8 +48,10 @@ def run(settings: Settings, recorder: Recorder, spec: dict[str, Any]) -> None:
 
 
 def _share(tensors: Sequence[Tensor], left: Collection[int], share: int, n_shares: int) -> Iterator[list[int]]:
-    """What one of several tasks has to do, in batches. Dealt before what is done is left out: they begin at different
-    times, and must not take the same."""
+    """What one of several tasks has to do, in batches.
+
+    Dealt before what is done is left out: tasks that begin at different times must not take the same.
+    """
     for batch in list(_batches(tensors))[share::n_shares]:
         if mine := [position for position in batch if position in left]:
             yield mine

@@ -142,12 +142,10 @@ class Shares:
     @property
     def exitcode(self) -> int | None:
         """None while any task runs; then what is worst."""
-        codes = [task.exitcode for task in self.tasks]
-        if None in codes:
+        codes = [code for task in self.tasks if (code := task.exitcode) is not None]
+        if len(codes) < len(self.tasks):
             return None
-        return next(
-            (code for code in codes if code not in {0, NOT_RUN}), max(code for code in codes if code is not None)
-        )
+        return next((code for code in codes if code not in {0, NOT_RUN}), max(codes))
 
     @property
     def peak(self) -> int:
