@@ -126,7 +126,7 @@ def schemathesis(server: Server, folder: Path, *arguments: str) -> subprocess.Co
 def test_schemathesis_finds_nothing_that_is_not_documented(tmp_path: Path) -> None:
     running = start_server(tmp_path / "data", RANKSCOPE_QUEUE_LIMIT="1000000")
     running.post({"training": {"epochs": 1}})
-    phases = ("--phases", "examples,coverage,fuzzing", "--max-examples", "3", "--max-time", "15", "--seed", "1")
+    phases = ("--phases", "examples,coverage,fuzzing", "--max-examples", "3", "--max-time", "25", "--seed", "1")
     done = schemathesis(running, tmp_path, *phases)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert stop_server(running) == 0
