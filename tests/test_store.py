@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from service import store
-from service.errors import DatabaseUnusable, InvalidState, LostJob, NotFound, QueueFull
+from service.errors import DatabaseUnusable, InvalidState, LostJob, NotFound, QueueFull, UnsupportedShape
 from service.settings import Settings
 from service.store import Database, Epoch, EpochRange, JobRow, Page, Token
 from service.store.tables import Base
+from service.uploads import Tensor
 
 JOB: dict[str, Any] = {
     "kind": "experiment", "owner": "public", "name": None, "tags": {}, "spec": {}, "priority": "normal", "total": 3,
@@ -42,8 +45,8 @@ def epoch(number: int, k: int = 3) -> Epoch:
     return Epoch(number, 0.5, None, 0.25, None, {"W1": (s, s / 2), "W2": (s[:2], s[:2] * 0)})
 
 
-def test_f10_eight_threads_claim_eighty_jobs_each_exactly_once(database: Database) -> None:
-    jobs = {create(database) for _ in range(80)}
+def test_f10_eight_threads_claim_two_hundred_jobs_each_exactly_once(database: Database) -> None:
+    jobs = {create(database) for _ in range(200)}
     claimed: list[str] = []
     start = threading.Barrier(8)
 
@@ -61,7 +64,7 @@ def test_f10_eight_threads_claim_eighty_jobs_each_exactly_once(database: Databas
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(claimed) == 80
+    assert len(claimed) == 200
     assert set(claimed) == jobs
 
 
@@ -341,6 +344,30 @@ def test_f12_two_that_start_together_migrate_once(settings: Settings) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def downgrade(database: Database, revision: str) -> None:
+    """Take the schema back to an earlier revision."""
+    config = Config()
+    config.set_main_option("script_location", "service/store/migrations")
+    with database.engine.execution_options(write=True).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+
+def test_analyses_from_before_tensors_had_their_work_know_it(database: Database, settings: Settings) -> None:
+    job = create(database, kind="analysis")
+    tensors = [
+        Tensor("a", "float32", (768, 2304)),
+        Tensor("b", "float32", (4, 3, 2)),
+        Tensor("c", "float32", (7,), refusal=UnsupportedShape("it has one axis")),
+    ]
+    with database.write.begin() as session:
+        store.add_tensors(session, job, tensors)
+    downgrade(database, "0006")
+    store.migrate(database, settings)
+    with database.read.begin() as session:
+        assert [row.work for row in store.tensors(session, job)] == [tensor.work for tensor in tensors] == [135, 1, 0]
 
 
 def test_the_migrations_build_exactly_the_tables_of_the_code(database: Database) -> None:

@@ -4,9 +4,6 @@ import threading
 from typing import Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import text, update
 
 from service import store
@@ -14,7 +11,7 @@ from service.settings import Settings
 from service.store import Database, EpochRow, EventRow
 from service.store.deliveries import LONGEST_S, SECOND
 from service.store.tables import DeliveryRow, JobRow
-from tests.test_store import claim, create, epoch, read
+from tests.test_store import claim, create, downgrade, epoch, read
 
 WEBHOOK = {"webhook": {"url": "https://example.org/", "events": ["succeeded", "failed"]}}
 
@@ -201,11 +198,7 @@ def test_jobs_from_before_there_were_events_get_those_that_their_rows_tell_of(
     add(database, token, 0, 5)
     finish(database, token, "succeeded")
     end_by_failure(database, failed)
-    config = Config()
-    config.set_main_option("script_location", "service/store/migrations")
-    with database.engine.execution_options(write=True).begin() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, str(ScriptDirectory.from_config(config).get_revision("0005").down_revision))
+    downgrade(database, "0004")
     store.migrate(database, settings)
     kinds = [(name, what) for _, name, what in told(database, done)]
     assert kinds == [
