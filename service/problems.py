@@ -254,7 +254,7 @@ def showable(value: object) -> object:
             return value
         case int():
             return f"{value:.3e}" if abs(value) < 10**300 else "an integer of more than 300 digits"
-    text = str(value).encode("utf-8", "replace").decode()
+    text = _unicode(str(value))
     return text if len(text) <= 100 else text[:100] + "…"
 
 
@@ -271,7 +271,7 @@ def problem_response(
         "type": f"/problems/{problem.slug}",
         "title": problem.title,
         "status": status or problem.status,
-        "detail": error.detail,
+        "detail": _unicode(error.detail),
         "request_id": request_id(request),
         **{key: _tidy(value) for key, value in error.extra.items() if key != "headers"},
     }
@@ -290,7 +290,12 @@ def _tidy(value: Any) -> Any:
         return [_tidy(item) for item in value[:20]]
     if isinstance(value, dict):
         return {key: _tidy(item) for key, item in value.items()}
-    return showable(value) if not isinstance(value, str) else value
+    return _unicode(value) if isinstance(value, str) else showable(value)
+
+
+def _unicode(text: str) -> str:
+    """The text with a question mark for every lone surrogate, which JSON can escape and UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def request_id(request: Request) -> str:

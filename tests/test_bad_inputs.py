@@ -57,6 +57,31 @@ def test_a_bad_body_is_refused(server: Server, body: bytes, status: int, slug: s
     problem(server.client.post("/experiments", content=body, headers=JSON), status, slug)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/experiments", rb'{"\ud800": 1}'),
+        ("/experiments", rb'{"tags": {"\ud800": "c"}}'),
+        ("/experiments", rb'{"network": {"activation": "\ud800"}}'),
+        ("/sweeps", rb'{"\ud800": 1}'),
+        ("/sweeps", rb'{"base": {}, "grid": {"\ud800": [1]}}'),
+        ("/sweeps", rb'{"base": {}, "grid": {"training.\ud800": [1]}}'),
+        ("/sweeps", rb'{"base": {}, "grid": {"data.target": ["\ud800"]}}'),
+        ("/sweeps", rb'{"base": {"\ud800": 1}, "grid": {"seed": [1]}}'),
+        ("/sweeps", rb'{"base": {}, "grid": {"seed": "\ud800"}}'),
+        ("/sweeps", rb'{"base": {}, "grid": {"seed": {"\ud800": 1}}}'),
+    ],
+)
+def test_a_lone_surrogate_is_refused_wherever_it_stands(server: Server, path: str, body: bytes) -> None:
+    answer = server.client.post(path, content=body, headers=JSON)
+    assert problem(answer, 422, "validation-error")["errors"]
+
+
+def test_a_lone_surrogate_in_a_key_twice_is_malformed(server: Server) -> None:
+    body = rb'{"\ud800": 1, "\ud800": 2}'
+    problem(server.client.post("/experiments", content=body, headers=JSON), 400, "malformed-json")
+
+
 def test_malformed_json_tells_where(server: Server) -> None:
     answer = server.client.post("/experiments", content=b'{"a": 1,}', headers=JSON)
     assert problem(answer, 400, "malformed-json")["offset"] == 8
