@@ -127,10 +127,10 @@ def demo(
 ) -> None:
     """Run the memo's experiment over HTTP and leave its pictures and reports."""
     _check_worker_extra()
-    from service.console import exit_codes  # noqa: PLC0415
+    from service.console import exit_codes, interruptible  # noqa: PLC0415
     from service.demo import run  # noqa: PLC0415
 
-    with exit_codes():
+    with exit_codes(), interruptible():
         run(_settings(data), out)
 
 
@@ -160,9 +160,9 @@ def analyze(
         with _client(server, key) as client:
             run(client, file, given, as_json=as_json)
         return
-    from service.console import exit_codes  # noqa: PLC0415
+    from service.console import exit_codes, interruptible  # noqa: PLC0415
 
-    with exit_codes(), private_server(_settings(None), file) as client:
+    with exit_codes(), interruptible(), private_server(_settings(None), file) as client:
         run(client, file, given, as_json=as_json)
 
 

@@ -1,7 +1,9 @@
 """What the commands that talk to a server have in common: exit codes, tables, bars, and JSON for scripts."""
 
 import contextlib
+import signal
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -36,6 +38,29 @@ def exit_codes() -> Iterator[None]:
         raise stop(NO_SERVER, f"no server: {error}") from error
     except (Refused, Unreadable) as error:
         raise stop(REFUSED, str(error)) from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """End a command that has processes of its own with INTERRUPTED once SIGINT has come, whatever became of it.
+
+    A shell script starts what it puts in the background with SIGINT ignored, which Python leaves so; and an interrupt
+    that is raised in a callback of the interpreter, as there are where modules are loaded, is dropped.
+    """
+    has_come = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal has_come
+        has_come = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if has_come:
+            raise typer.Exit(INTERRUPTED)
 
 
 def check_end(job: Job) -> None:

@@ -1,6 +1,8 @@
 """The command line, as a person or a script uses it."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from service.access import fingerprint
 from service.cli import app
+from service.console import interruptible
 from tests.conftest import Server, free_port, start_server, stop_server
 from tests.test_sweeps import SMALL
 
@@ -165,6 +169,14 @@ def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, 
     refused = run("analyze", str(model), "--server", url, "--key", "other")
     assert (refused.exit_code, "key" in refused.stderr) == (4, True)
     stop_server(server)
+
+
+def test_an_interrupt_that_got_lost_still_makes_the_exit_code() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as ended, interruptible(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert ended.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow
