@@ -30,7 +30,7 @@ RETRIES = 2  # Somebody waits at a terminal.
 LOCAL = "http://127.0.0.1:8000"
 Key = Annotated[str | None, typer.Option(envvar=API_KEY, help="API key, where the server wants one")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for scripts")]
-JobId = Annotated[str, typer.Argument(help="id of an experiment or analysis")]
+JobId = Annotated[str, typer.Argument(help="id of an experiment, analysis or sweep")]
 Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]
 
 
@@ -127,10 +127,10 @@ def demo(
 ) -> None:
     """Run the memo's experiment over HTTP and leave its pictures and reports."""
     _check_worker_extra()
-    from service.console import exit_codes  # noqa: PLC0415
+    from service.console import exit_codes, interruptible  # noqa: PLC0415
     from service.demo import run  # noqa: PLC0415
 
-    with exit_codes():
+    with exit_codes(), interruptible():
         run(_settings(data), out)
 
 
@@ -160,9 +160,9 @@ def analyze(
         with _client(server, key) as client:
             run(client, file, given, as_json=as_json)
         return
-    from service.console import exit_codes  # noqa: PLC0415
+    from service.console import exit_codes, interruptible  # noqa: PLC0415
 
-    with exit_codes(), private_server(_settings(None), file) as client:
+    with exit_codes(), interruptible(), private_server(_settings(None), file) as client:
         run(client, file, given, as_json=as_json)
 
 
@@ -170,12 +170,12 @@ def analyze(
 def submit(
     spec: Annotated[typer.FileBinaryRead, typer.Argument(help="file with the specification as JSON; - for input")],
     wait: Annotated[bool, typer.Option("--wait", help="end when the job does, with 1 if it did not succeed")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="show every epoch, and end when the job does")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="show how far it is, and end when the job does")] = False,
     server: Server = LOCAL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Post an experiment."""
+    """Post an experiment; or a sweep, where the specification has `base` and `grid`."""
     from service import commands  # noqa: PLC0415
 
     with _client(server, key) as client:
@@ -184,7 +184,7 @@ def submit(
 
 @app.command()
 def ls(
-    kind: Annotated[Literal["experiment", "analysis"], typer.Option(help="what to list")] = "experiment",
+    kind: Annotated[Literal["experiment", "analysis", "sweep"], typer.Option(help="what to list")] = "experiment",
     status: Annotated[str | None, typer.Option(help="only jobs of this status")] = None,
     tag: Annotated[str | None, typer.Option(help="only jobs with this tag: key or key:value")] = None,
     limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,

@@ -1,5 +1,6 @@
 """The commands that talk to a running server: submit, ls, show, cancel, spectrum."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -9,22 +10,22 @@ from rich.text import Text
 
 from service.client import Client, NotFound
 from service.client.calls import Json
-from service.console import USAGE, check_end, epochs, follow_training, show, show_json, stop
-from service.views import Analysis, Experiment, Job
+from service.console import USAGE, check_end, epochs, follow_progress, follow_training, show, show_json, stop
+from service.views import Analysis, Experiment, Job, Sweep
 
 SUFFIXES = ("png", "svg", "gif", "npy", "npz", "csv", "jsonl", "json")
+SWEEP_PICTURES = {"png": "overlay", "gif": "animation"}
 PAGE = 100
 COLOURS = {"succeeded": "green", "failed": "red", "canceled": "yellow", "running": "cyan", "canceling": "yellow"}
 
 
 def submit(client: Client, text: bytes, *, wait: bool, follow: bool, as_json: bool) -> None:
     """Post a specification; with `wait` or `follow`, end as the job does."""
-    job = client.create_experiment(_spec(text))
-    if follow and as_json:
-        for epoch in epochs(client, job):
-            show_json(epoch, indented=False)
-    elif follow:
-        job = follow_training(client, job)
+    spec = _spec(text)
+    is_sweep = not spec.keys().isdisjoint({"base", "grid"})  # No field of an experiment is called so.
+    job = client.create_sweep(spec) if is_sweep else client.create_experiment(spec)
+    if follow:
+        _follow(client, job, as_json=as_json)
     job = client.wait(job) if wait or follow else job
     if as_json:
         show_json(job, indented=not follow)
@@ -32,6 +33,20 @@ def submit(client: Client, text: bytes, *, wait: bool, follow: bool, as_json: bo
         show(f"{job.id} {job.status}")
     if wait or follow:
         check_end(job)
+
+
+def _follow(client: Client, job: Experiment | Sweep, *, as_json: bool) -> None:
+    """Show every epoch of an experiment, or how far all members of a sweep are together."""
+    if isinstance(job, Experiment) and not as_json:
+        follow_training(client, job)
+    elif isinstance(job, Experiment):
+        for epoch in epochs(client, job):
+            show_json(epoch, indented=False)
+    elif not as_json:
+        follow_progress(client, job, "training")
+    else:
+        for progress, _ in itertools.groupby(state.progress for state in client.watch(job)):
+            show_json(progress, indented=False)
 
 
 def _spec(text: bytes) -> Json:
@@ -47,7 +62,7 @@ def _spec(text: bytes) -> Json:
 def list_jobs(client: Client, kind: str, limit: int, query: dict[str, str | None], *, as_json: bool) -> None:
     """The newest jobs of a kind."""
     given = {name: value for name, value in query.items() if value is not None}
-    listed = client.experiments if kind == "experiment" else client.analyses
+    listed = {"experiment": client.experiments, "analysis": client.analyses, "sweep": client.sweeps}[kind]
     jobs: list[Job] = list(itertools.islice(listed(limit=min(limit, PAGE), **given), limit))
     if as_json:
         show_json(jobs)
@@ -64,12 +79,12 @@ def _status(job: Job) -> Text:
     return Text(job.status, COLOURS.get(job.status, ""))
 
 
-def find(client: Client, job_id: str) -> Experiment | Analysis:
-    """The experiment or analysis of that id. Raises NotFound."""
-    try:
-        return client.experiment(job_id)
-    except NotFound:
-        return client.analysis(job_id)
+def find(client: Client, job_id: str) -> Experiment | Analysis | Sweep:
+    """The experiment, analysis or sweep of that id. Raises NotFound."""
+    for read in (client.experiment, client.analysis):
+        with contextlib.suppress(NotFound):
+            return read(job_id)
+    return client.sweep(job_id)
 
 
 def show_job(client: Client, job_id: str, *, as_json: bool) -> None:
@@ -84,10 +99,20 @@ def show_job(client: Client, job_id: str, *, as_json: bool) -> None:
     table.add_row("progress", f"{job.progress.done} of {job.progress.total}")
     if job.error is not None:
         table.add_row("error", Text(f"{job.error.title}: {job.error.detail} ({job.error.type})"))
-    found = job.spec.model_dump(mode="json") if isinstance(job, Experiment) else job.totals
-    for name, value in found.items():
+    for name, value in _found(job).items():
         table.add_row(name, Text(orjson.dumps(value).decode()))
     show(table)
+
+
+def _found(job: Experiment | Analysis | Sweep) -> Json:
+    """What is particular to the job's kind."""
+    match job:
+        case Experiment():
+            return job.spec.model_dump(mode="json")
+        case Sweep():
+            return {"counts": job.counts, "base": job.base, **job.grid}
+        case Analysis():
+            return job.totals
 
 
 def cancel(client: Client, job_id: str, *, as_json: bool) -> None:
@@ -104,7 +129,13 @@ def spectrum(client: Client, job_id: str, layer: str | None, out: Path, *, as_js
     suffix = out.suffix[1:].lower()
     if suffix not in SUFFIXES:
         raise stop(USAGE, f"{out.name}: the name must end with one of {', '.join(SUFFIXES)}")
-    content = client.spectrum_file(find(client, job_id), suffix, layer=layer)
+    job = find(client, job_id)
+    if not isinstance(job, Sweep):
+        content = client.spectrum_file(job, suffix, layer=layer)
+    elif suffix in SWEEP_PICTURES:
+        content = client.summary_file(job, suffix, kind=SWEEP_PICTURES[suffix], layer=layer)
+    else:
+        raise stop(USAGE, f"the spectra of a sweep are drawn as png or gif; for a {suffix} take one of its members")
     try:
         out.write_bytes(content)
     except OSError as error:

@@ -1,7 +1,9 @@
 """What the commands that talk to a server have in common: exit codes, tables, bars, and JSON for scripts."""
 
 import contextlib
+import signal
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -36,6 +38,29 @@ def exit_codes() -> Iterator[None]:
         raise stop(NO_SERVER, f"no server: {error}") from error
     except (Refused, Unreadable) as error:
         raise stop(REFUSED, str(error)) from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """End a command that has processes of its own with INTERRUPTED once SIGINT has come, whatever became of it.
+
+    A shell script starts what it puts in the background with SIGINT ignored, which Python leaves so; and an interrupt
+    that is raised in a callback of the interpreter, as there are where modules are loaded, is dropped.
+    """
+    has_come = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal has_come
+        has_come = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if has_come:
+            raise typer.Exit(INTERRUPTED)
 
 
 def check_end(job: Job) -> None:
@@ -73,11 +98,7 @@ def shown_layer(job: Experiment) -> str:
 
 def epochs(client: Client, job: Experiment) -> Iterator[Json]:
     """Losses and ranks of each recorded epoch, as soon as it is there, until the job is over."""
-    following = 0
-    for _ in client.watch(job):
-        for epoch in client.metrics(job, layer=shown_layer(job), from_=following)["epochs"]:
-            following = epoch["epoch"] + 1
-            yield epoch
+    return (event.data for event in client.events(job) if event.name == "epoch")
 
 
 def follow_training(client: Client, job: Experiment) -> Experiment:
@@ -87,14 +108,17 @@ def follow_training(client: Client, job: Experiment) -> Experiment:
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
         task = progress.add_task("waiting for a worker", total=job.progress.total)
         for epoch in epochs(client, job):
-            loss, rank = epoch["train_loss"], epoch["layers"][0]["entropy_rank"]
-            text = f"loss {loss:.5f}   entropy rank of {layer} {rank:.1f}"
+            rank = next(one["entropy_rank"] for one in epoch["layers"] if one["name"] == layer)
+            text = f"loss {epoch['train_loss']:.5f}   entropy rank of {layer} {rank:.1f}"
             progress.update(task, completed=epoch["epoch"], description=text)
     return client.refresh(job)
 
 
 def follow_progress(client: Client, job: Job, doing: str) -> Job:
-    """Show how much is done until a job is over; the answer is its last state, without what it has found."""
+    """Show how much is done until a job is over; the answer is its last state, without what it has found.
+
+    For jobs whose events do not tell how far they are.
+    """
     columns = (TextColumn(doing), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=job.progress.total)

@@ -1,6 +1,8 @@
 """The command line, as a person or a script uses it."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from service.access import fingerprint
 from service.cli import app
+from service.console import interruptible
 from tests.conftest import Server, free_port, start_server, stop_server
+from tests.test_sweeps import SMALL
 
 
 def rankscope(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -74,7 +79,7 @@ def test_analyze_tells_by_its_exit_code_what_went_wrong(server: Server, model: P
     ):
         done = rankscope("analyze", *arguments)
         assert done.returncode == code, done.stderr
-        assert words in " ".join(done.stderr.split())
+        assert words in " ".join(done.stderr.replace("│", " ").split())  # A usage error is in a box, and folded.
         assert "Traceback" not in done.stderr
 
 
@@ -96,11 +101,35 @@ def test_a_specification_is_submitted_followed_listed_shown_and_drawn(server: Se
     assert (tmp_path / "x.gif").read_bytes().startswith(b"GIF8")
 
 
+def test_a_sweep_is_submitted_followed_listed_shown_and_drawn(server: Server, tmp_path: Path) -> None:
+    at, out = ("--server", str(server.client.base_url)), tmp_path / "x.gif"
+    spec = json.dumps({"base": {**SMALL, "tags": {"swept": "by hand"}}, "grid": {"seed": {"range": [0, 3]}}})
+    followed = run("submit", "-", "--follow", *at, input=spec)
+    assert followed.exit_code == 0, followed.stderr
+    sweep_id, status = followed.stdout.split()
+    assert status == "succeeded"
+    assert sweep_id in run("ls", "--kind", "sweep", "--tag", "swept", *at).stdout
+    shown = " ".join(run("show", sweep_id, *at).stdout.split())
+    assert "18 of 18" in shown
+    assert '{"succeeded":3}' in shown
+    assert run("spectrum", sweep_id, "-o", str(out), *at).exit_code == 0
+    assert out.read_bytes().startswith(b"GIF8")
+    refused = run("spectrum", sweep_id, "-o", str(tmp_path / "x.npy"), *at)
+    assert (refused.exit_code, "one of its members" in " ".join(refused.stderr.split())) == (2, True)
+    lines = run("submit", "-", "--follow", "--json", *at, input=spec).stdout.splitlines()
+    *progress, job = map(json.loads, lines)
+    assert progress[-1] == {"done": 18, "total": 18}
+    assert len(job["members"]) == 3
+    assert json.loads(run("cancel", sweep_id, "--json", *at).stdout)["status"] == "succeeded"
+
+
 def test_every_command_has_json_for_scripts(server: Server, tmp_path: Path) -> None:
     at = ("--json", "--server", str(server.client.base_url))
     spec = '{"tags": {"json": "yes"}, "training": {"epochs": 2}}'
     lines = run("submit", "-", "--follow", *at, input=spec).stdout.splitlines()
-    assert [json.loads(line)["epoch"] for line in lines[:-1]] == [0, 1, 2]
+    epochs = [json.loads(line) for line in lines[:-1]]
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
+    assert [layer["name"] for layer in epochs[-1]["layers"]] == ["W1", "W2", "W3"]
     job = json.loads(lines[-1])
     assert [one["id"] for one in json.loads(run("ls", "--tag=json", *at).stdout)] == [job["id"]]
     assert json.loads(run("show", job["id"], *at).stdout) == job
@@ -122,6 +151,7 @@ def test_commands_tell_by_their_exit_code_what_went_wrong(server: Server, tmp_pa
         (("spectrum", "x", "-o", "x.jpg", "--server", url), "", 2, "gif"),
         (("ls", "--server", nobody), "", 3, "no server"),
         (("submit", "-", "--server", url), '{"training": {"epochs": 0}}', 4, "/training/epochs"),
+        (("submit", "-", "--server", url), '{"base": {}}', 4, "grid"),
         (("show", "nothing", "--server", url), "", 4, "nothing"),
     ):
         done = run(*arguments, input=text)
@@ -139,6 +169,14 @@ def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, 
     refused = run("analyze", str(model), "--server", url, "--key", "other")
     assert (refused.exit_code, "key" in refused.stderr) == (4, True)
     stop_server(server)
+
+
+def test_an_interrupt_that_got_lost_still_makes_the_exit_code() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as ended, interruptible(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert ended.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow

@@ -205,6 +205,17 @@ def test_the_demo_leaves_its_files(tmp_path: Path) -> None:
     assert {"spectrum.gif", "spectrum.png", "spectrum.json", "compression.json"} <= left
 
 
+def test_ctrl_c_ends_a_demo_that_a_script_has_put_in_the_background(tmp_path: Path) -> None:
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    process = subprocess.Popen([*ignoring, *demo_in(tmp_path)], stderr=subprocess.PIPE, start_new_session=True)
+    family = psutil.Process(process.pid)
+    (serving,) = wait_for(lambda: [p for p in family.children() if "serve" in command_line(p)], "the server's process")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, b"Traceback" in errors) == (130, False)
+    wait_for(lambda: not serving.is_running(), "the server to end")
+
+
 @pytest.mark.soak
 def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path) -> None:
     command = demo_in(tmp_path)

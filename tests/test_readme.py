@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from service.app import create_app
+from service.client import AsyncClient, Client
 from service.problems import BY_SLUG
 from service.schemas import PRESETS
 from service.settings import Settings
@@ -51,3 +52,9 @@ def test_every_file_that_the_readme_shows_exists() -> None:
 def test_every_pinned_version_is_exact() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+
+
+def test_every_method_of_the_client_is_in_the_readme() -> None:
+    methods = {name for name in dir(Client) if not name.startswith("_")} - {"close", "send"}
+    assert methods - set(re.findall(r"`(\w+)`", README)) == set()
+    assert methods == {name for name in dir(AsyncClient) if not name.startswith("_")} - {"close", "send"}

@@ -19,7 +19,19 @@ from pydantic import BaseModel, ValidationError
 
 from service.client.errors import Refused, Unreachable, Unreadable, refusal
 from service.schemas import ExperimentSpec, FactorsSpec
-from service.views import Analysis, AnalysisList, Experiment, ExperimentList, Factors, FactorsList, Job
+from service.sweeps import SweepSpec
+from service.views import (
+    Analysis,
+    AnalysisList,
+    Experiment,
+    ExperimentList,
+    Factors,
+    FactorsList,
+    Job,
+    Sweep,
+    SweepList,
+    SweepSummary,
+)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -32,6 +44,7 @@ LONGEST_PAUSE_S = 60.0
 REPEATABLE = {"GET", "POST"}  # A POST by its Idempotency-Key; what a DELETE or PATCH met the second time misleads.
 PATHS = {
     "experiment": "/experiments/{id}",
+    "sweep": "/sweeps/{id}",
     "analysis": "/analyses/{id}",
     "factors": "/analyses/{analysis}/factors/{id}",
 }
@@ -138,6 +151,10 @@ def _post(
     return Call("POST", path, read, content=b"" if body is None else orjson.dumps(body), headers=headers)
 
 
+def _body(spec: BaseModel | Mapping[str, Any] | None) -> Json:
+    return spec.model_dump(exclude_unset=True) if isinstance(spec, BaseModel) else dict(spec or {})
+
+
 def path_of(job: Job) -> str:
     """Where a job is."""
     return PATHS[job.object].format(**dict(job))
@@ -151,8 +168,7 @@ def create_experiment(
     spec: ExperimentSpec | Mapping[str, Any] | None = None, *, wait_s: int = 0, idempotency_key: str | None = None
 ) -> Call[Experiment]:
     """Queue a training run, and wait for its end for up to `wait_s` seconds (30 at most)."""
-    body = spec.model_dump(exclude_unset=True) if isinstance(spec, ExperimentSpec) else dict(spec or {})
-    return _post("/experiments", _model(Experiment), body, wait_s=wait_s, key=idempotency_key)
+    return _post("/experiments", _model(Experiment), _body(spec), wait_s=wait_s, key=idempotency_key)
 
 
 def experiment(experiment_id: str) -> Call[Experiment]:
@@ -171,6 +187,23 @@ def label_experiment(job: Experiment, changes: Mapping[str, Any]) -> Call[Experi
     return Call(
         "PATCH", path_of(job), _model(Experiment), content=content, headers={"content-type": "application/json"}
     )
+
+
+def create_sweep(
+    spec: SweepSpec | Mapping[str, Any], *, wait_s: int = 0, idempotency_key: str | None = None
+) -> Call[Sweep]:
+    """Queue a training run for every member of a grid, and wait for their end for up to `wait_s` seconds."""
+    return _post("/sweeps", _model(Sweep), _body(spec), wait_s=wait_s, key=idempotency_key)
+
+
+def sweep(sweep_id: str) -> Call[Sweep]:
+    """One sweep as it is now, with every member's id, status and values."""
+    return Call("GET", f"/sweeps/{_part(sweep_id)}", _model(Sweep))
+
+
+def sweeps_page(**query: Value) -> Call[SweepList]:
+    """One page of sweeps; `after=` its `next` for the one that follows."""
+    return Call("GET", "/sweeps", _model(SweepList), query)
 
 
 def analyze(
@@ -195,8 +228,7 @@ def create_factors(
     analysis_id: str, spec: FactorsSpec | Mapping[str, Any] | None = None, *, idempotency_key: str | None = None
 ) -> Call[Factors]:
     """Queue the factors of an analysis."""
-    body = spec.model_dump(exclude_unset=True) if isinstance(spec, FactorsSpec) else dict(spec or {})
-    return _post(f"/analyses/{_part(analysis_id)}/factors", _model(Factors), body, key=idempotency_key)
+    return _post(f"/analyses/{_part(analysis_id)}/factors", _model(Factors), _body(spec), key=idempotency_key)
 
 
 def factors(analysis_id: str, factors_id: str) -> Call[Factors]:
@@ -247,6 +279,16 @@ def spectrum(job: Experiment | Analysis, **query: Value) -> Call[Json]:
 def spectrum_file(job: Experiment | Analysis, file_format: str, **query: Value) -> Call[bytes]:
     """Singular values as a file: png, svg, gif, npy, npz, csv or jsonl."""
     return Call("GET", f"{path_of(job)}/spectrum", _bytes, {**query, "format": file_format})
+
+
+def summary(job: SweepSummary, **query: Value) -> Call[Json]:
+    """A row for each member: varied fields, τ, losses, R² and ranks of one layer. Values: layer."""
+    return Call("GET", f"{path_of(job)}/summary", _json, query)
+
+
+def summary_file(job: SweepSummary, file_format: str, **query: Value) -> Call[bytes]:
+    """The rows as csv, or drawn: png or gif. Values: layer, kind, x, y, metric, scale, width, height, frames, fps."""
+    return Call("GET", f"{path_of(job)}/summary", _bytes, {**query, "format": file_format})
 
 
 def weights(job: Experiment, at: Literal["initial", "final"] = "final") -> Call[bytes]:

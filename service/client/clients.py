@@ -19,7 +19,7 @@ from service.client.errors import Refused, Unreachable, refusal
 from service.client.events import Event, Following
 from service.client.retries import policy
 from service.schemas import TERMINAL
-from service.views import AnalysisSummary, Experiment, Job
+from service.views import AnalysisSummary, Experiment, Job, SweepSummary
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,6 +98,8 @@ class Client:
     create_experiment = _waiting(calls.create_experiment)
     experiment = _waiting(calls.experiment)
     label_experiment = _waiting(calls.label_experiment)
+    create_sweep = _waiting(calls.create_sweep)
+    sweep = _waiting(calls.sweep)
     analyze = _waiting(calls.analyze)
     analysis = _waiting(calls.analysis)
     create_factors = _waiting(calls.create_factors)
@@ -109,6 +111,8 @@ class Client:
     compression = _waiting(calls.compression)
     spectrum = _waiting(calls.spectrum)
     spectrum_file = _waiting(calls.spectrum_file)
+    summary = _waiting(calls.summary)
+    summary_file = _waiting(calls.summary_file)
     weights = _waiting(calls.weights)
     factors_file = _waiting(calls.factors_file)
     presets = _waiting(calls.presets)
@@ -157,6 +161,15 @@ class Client:
     def experiments(self, **query: Value) -> Iterator[Experiment]:
         """All experiments, page by page. Values: order, status, tag, name_prefix, created_after, created_before."""
         return self._pages(calls.experiments_page, query)
+
+    def sweeps(self, **query: Value) -> Iterator[SweepSummary]:
+        """All sweeps, page by page, without their members; values as for experiments."""
+        return self._pages(calls.sweeps_page, query)
+
+    def members(self, sweep: SweepSummary) -> Iterator[Experiment]:
+        """The experiments of a sweep as they are now, in the order of its grid; each is a request of its own."""
+        for member in self.sweep(sweep.id).members:
+            yield self.experiment(member["id"])
 
     def analyses(self, **query: Value) -> Iterator[AnalysisSummary]:
         """All analyses, page by page, without their tensors; values as for experiments."""
@@ -214,6 +227,8 @@ class AsyncClient:
     create_experiment = _awaited(calls.create_experiment)
     experiment = _awaited(calls.experiment)
     label_experiment = _awaited(calls.label_experiment)
+    create_sweep = _awaited(calls.create_sweep)
+    sweep = _awaited(calls.sweep)
     analyze = _awaited(calls.analyze)
     analysis = _awaited(calls.analysis)
     create_factors = _awaited(calls.create_factors)
@@ -225,6 +240,8 @@ class AsyncClient:
     compression = _awaited(calls.compression)
     spectrum = _awaited(calls.spectrum)
     spectrum_file = _awaited(calls.spectrum_file)
+    summary = _awaited(calls.summary)
+    summary_file = _awaited(calls.summary_file)
     weights = _awaited(calls.weights)
     factors_file = _awaited(calls.factors_file)
     presets = _awaited(calls.presets)
@@ -273,6 +290,15 @@ class AsyncClient:
     def experiments(self, **query: Value) -> AsyncIterator[Experiment]:
         """All experiments, page by page. Values: order, status, tag, name_prefix, created_after, created_before."""
         return self._pages(calls.experiments_page, query)
+
+    def sweeps(self, **query: Value) -> AsyncIterator[SweepSummary]:
+        """All sweeps, page by page, without their members; values as for experiments."""
+        return self._pages(calls.sweeps_page, query)
+
+    async def members(self, sweep: SweepSummary) -> AsyncIterator[Experiment]:
+        """The experiments of a sweep as they are now, in the order of its grid; each is a request of its own."""
+        for member in (await self.sweep(sweep.id)).members:
+            yield await self.experiment(member["id"])
 
     def analyses(self, **query: Value) -> AsyncIterator[AnalysisSummary]:
         """All analyses, page by page, without their tensors; values as for experiments."""
