@@ -88,7 +88,7 @@ def fast(tmp_path: Path) -> Iterator[Server]:
 
 def test_f5_what_was_accepted_before_everything_was_killed_is_done_afterwards(tmp_path: Path) -> None:
     first = start_server(tmp_path / "data", **FAST)
-    posted = [first.post(spec(200))["id"] for _ in range(3)]
+    posted = [first.post(spec(8000, every=400))["id"] for _ in range(3)]
     wait_for(lambda: has_checkpoint(first, posted[0]), "a checkpoint")
     for process in (first.workers()[0], psutil.Process(first.process.pid)):
         process.kill()
@@ -96,7 +96,7 @@ def test_f5_what_was_accepted_before_everything_was_killed_is_done_afterwards(tm
     second = start_server(tmp_path / "data", **FAST)
     for one in posted:
         assert second.wait(one)["status"] == "succeeded"
-        assert epochs_of(second, one) == list(range(0, 201, 10))
+        assert epochs_of(second, one) == list(range(0, 8001, 400))
     wait_for(lambda: not list((tmp_path / "data/checkpoints").iterdir()), "the checkpoints to be gone")
     stop_server(second)
 
