@@ -283,6 +283,9 @@ def test_f17_a_job_that_the_kernel_ends_for_want_of_memory_is_not_tried_again(fa
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "20.00 MiB"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "4096 bytes"),
         (MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,)"), "7.45 GiB"),
+        # CUDA tells none: its driver, and its libraries.
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"), "an allocation"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "an allocation"),
     ],
 )
 def test_f18_every_allocators_error_tells_the_size(error: Exception, size: str) -> None:

@@ -75,10 +75,13 @@ def _unknown(_settings: Settings, recorder: Recorder, _spec: dict[str, Any]) -> 
     raise JobFailed(f"this worker is older than the service: it does not know the kind of job {recorder.token.job_id}")
 
 
+# What torch's allocator on the CPU, the CUDA driver and CUDA's libraries say in a bare RuntimeError.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
 def problem_of(error: Exception) -> dict[str, str]:
     """An unexpected error for the client: its kind, never its trace."""
-    # torch's allocator on the CPU raises a bare RuntimeError.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         needed = f"an allocation of {size}" if (size := wanted(error)) else "an allocation"
         detail = f"{needed} failed; take a smaller network or matrix, or give the worker more memory"
         return {"type": "out-of-memory", "title": "Out of memory", "detail": detail}
