@@ -1,6 +1,7 @@
 """Who wrote which epoch, and in which order: the database itself keeps the record."""
 
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
 COLUMNS = "job_id VARCHAR(36), epoch INTEGER, attempt INTEGER"
 NOTE = (
@@ -28,13 +29,21 @@ def install_audit(url: str) -> None:
     engine.dispose()
 
 
-def commits(url: str) -> int:
-    """How often any job has been written to so far."""
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        number = connection.scalar(text("SELECT coalesce(sum(revision), 0) FROM jobs"))
-    engine.dispose()
-    return int(number or 0)
+def commits(url: str) -> int | None:
+    """How often any job has been written to so far; None while the database is locked.
+
+    A worker that was stopped in mid-commit holds SQLite's lock: whoever is to wake it must not wait for that.
+    """
+    engine = create_engine(url, connect_args={"timeout": 0.1} if url.startswith("sqlite") else {})
+    try:
+        with engine.connect() as connection:
+            return int(connection.scalar(text("SELECT coalesce(sum(revision), 0) FROM jobs")) or 0)
+    except OperationalError as error:
+        if "database is locked" not in str(error.orig):
+            raise
+        return None
+    finally:
+        engine.dispose()
 
 
 def overlaps(url: str) -> list[tuple[str, int, int]]:

@@ -164,8 +164,8 @@ def all_over(client: httpx.Client, paths: list[str]) -> bool:
 class Faults:
     """What happens to workers and their jobs, in an order that the seed decides."""
 
-    def __init__(self, here: Site, written: Callable[[], int], *, limit: int, seed: int) -> None:
-        """`written` counts the commits of all jobs so far."""
+    def __init__(self, here: Site, written: Callable[[], int | None], *, limit: int, seed: int) -> None:
+        """`written` counts the commits of all jobs so far, where it can."""
         self.here, self.written, self.limit = here, written, limit
         self.rng = random.Random(seed)
         self.count = dict.fromkeys(("kill worker", "kill job", "stop past the lease", "drain"), 0)
@@ -189,7 +189,7 @@ class Faults:
             self.wake(time.monotonic())
             self.here.replace_dead_workers()
             # Between two faults something is written: on a slow machine too the jobs get on.
-            if sum(self.count.values()) < self.limit and (written := self.written()) > seen + 3:
+            if sum(self.count.values()) < self.limit and (written := self.written() or 0) > seen + 3:
                 seen = written
                 self.bring(self.rng.choice(list(self.count)))
         self.wake(float("inf"))
