@@ -8,6 +8,8 @@ of the finished one, to be answered 304; 5 % POST of an experiment of one or two
 the queue is full. So the times, in ms by the clock, are those of a server that is asked for more than it can do, with
 the clients on the same two cores: what counts is that nothing fails. A new picture is the slowest to come, for one
 process draws them all; there are a hundred. Memory is that of the API's process (RSS), seen ten times a second.
+It grows while caches fill and answers about the training experiment get longer: beside one that recorded hardly
+anything it stayed within 3 MB of 170 MB from the 105th second to the 240th, over 80 000 requests.
 """
 
 import asyncio
