@@ -21,6 +21,7 @@ TITLES = {
     "sweep": "A sweep over HTTP",
     "gif": "Pictures",
     "http": "Answers",
+    "load": "Under load",
     "start": "Start and memory",
     "analyze": "Singular values of a layer",
     "model": "A model of GPT-2 small's shapes over HTTP",

@@ -118,6 +118,23 @@ def test_f8_writers_that_read_first_do_not_meet_in_a_deadlock(api: Api) -> None:
         assert set(map(tuple, threads.map(work, range(POSTS)))) == {(200, 200, 200, 204)}
 
 
+def test_f8_writers_of_one_process_take_turns_on_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data=tmp_path / "data")
+    database = store.connect(settings)
+    store.migrate(database, settings)
+    monkeypatch.setattr("service.store.database.BUSY_S", 0.05)
+    write = database.write
+    # Before it asks SQLite for its lock, the first has the turn already.
+    with write.begin() as first, pytest.raises(store.UNAVAILABLE, match="others"), write.begin():
+        pass
+    assert not first.in_transaction()
+    with pytest.raises(ZeroDivisionError), write.begin():
+        1 / 0  # noqa: B018
+    with write.begin() as second:  # One that fails gives the turn back too.
+        assert store.claim_next(second, "a worker") is None
+    database.engine.dispose()
+
+
 def test_f6_a_full_database_refuses_new_jobs_and_takes_them_again_without_a_restart(tmp_path: Path) -> None:
     app = create_app(Settings(data=tmp_path / "data"))
     with serving(app) as url, httpx.Client(base_url=url) as client:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,30 @@ def connect(settings: Settings) -> Database:
     except (ArgumentError, ImportError, TypeError) as error:
         raise DatabaseUnusable(f"cannot use RANKSCOPE_DATABASE_URL: {error}") from error
     reading, writing = _views(engine)
-    return Database(engine, *(sessionmaker(e, expire_on_commit=False) for e in (reading, writing)))
+    writers = _InTurn if engine.dialect.name == "sqlite" else sessionmaker[Session]
+    return Database(engine, sessionmaker(reading, expire_on_commit=False), writers(writing, expire_on_commit=False))
+
+
+class _InTurn(sessionmaker[Session]):
+    """Transactions that write to SQLite, of this process one at a time.
+
+    Whoever waits for SQLite's lock only looks now and then whether it is free: of many threads that do, those who come
+    are faster than those who have long slept, and some are refused. This lock wakes the next when it becomes free.
+    """
+
+    def __init__(self, bind: Engine, *, expire_on_commit: bool) -> None:
+        super().__init__(bind, expire_on_commit=expire_on_commit)
+        self._turn = threading.Lock()
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[Session]:
+        if not self._turn.acquire(timeout=BUSY_S):
+            raise PoolTimeout(f"others of this process have been writing for {BUSY_S} s")
+        try:
+            with super().begin() as session:
+                yield session
+        finally:
+            self._turn.release()
 
 
 def reason_of(error: Exception) -> str:
