@@ -3,6 +3,7 @@
 Every fault is a real one: a lock that is held, a limit or a disk that is reached, a PostgreSQL that is killed.
 """
 
+import itertools
 import os
 import sqlite3
 import subprocess
@@ -132,6 +133,21 @@ def test_f8_writers_of_one_process_take_turns_on_sqlite(tmp_path: Path, monkeypa
         1 / 0  # noqa: B018
     with write.begin() as second:  # One that fails gives the turn back too.
         assert store.claim_next(second, "a worker") is None
+    database.engine.dispose()
+
+
+def test_f7_waiting_for_the_turn_counts_as_waiting_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data=tmp_path / "data")
+    database = store.connect(settings)
+    store.migrate(database, settings)
+    now = itertools.count(step=4)  # Four of the five seconds pass while the turn is waited for.
+    monkeypatch.setattr("service.store.database.time.monotonic", lambda: next(now))
+    with database.write.begin() as session:
+        assert session.scalar(text("PRAGMA busy_timeout")) == 1000
+    with database.read.begin() as session:
+        assert session.scalar(text("PRAGMA busy_timeout")) == 5000
     database.engine.dispose()
 
 

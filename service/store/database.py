@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,13 @@ class _InTurn(sessionmaker[Session]):
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[Session]:
+        begun = time.monotonic()
         if not self._turn.acquire(timeout=BUSY_S):
             raise PoolTimeout(f"others of this process have been writing for {BUSY_S} s")
         try:
             with super().begin() as session:
+                # For its turn and for SQLite's lock together nobody waits longer than for either.
+                session.connection(execution_options={"busy_s": max(0.0, BUSY_S - (time.monotonic() - begun))})
                 yield session
         finally:
             self._turn.release()
@@ -122,8 +126,9 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    options = connection.get_execution_options()
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={round(1000 * options.get('busy_s', BUSY_S))}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("write", False) else "BEGIN")
 
 
 def migrate(database: Database, settings: Settings) -> None:
