@@ -52,7 +52,7 @@ def test_a_second_post_with_the_key_answers_with_the_first_ones_job(idle: Server
     assert names(idle).count("once") == 1
 
 
-def test_a_key_belongs_to_one_body_one_path_and_one_upload(idle: Server) -> None:
+def test_row_42_a_key_belongs_to_one_body_one_path_and_one_upload(idle: Server) -> None:
     headers = keyed()
     assert idle.client.post("/experiments", json={"seed": 1}, headers=headers).status_code == 202
     other = idle.client.post("/experiments", json={"seed": 2}, headers=headers)
