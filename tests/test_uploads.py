@@ -54,6 +54,17 @@ def test_a_bad_file_gets_its_status_and_type(torch_server: Server, bad: Bad) -> 
         assert job["error"]["detail"] == answer.json()["detail"]
 
 
+def test_row_71_a_header_is_not_echoed(server: Server) -> None:
+    answer = server.client.post("/analyze", content=npy(text_header(shape="(secret" * 500)))
+    problem(answer, 400, "malformed-array")
+    assert "secret" not in answer.text
+
+
+def test_row_77_what_numpy_cannot_keep_is_asked_for_as_safetensors(server: Server) -> None:
+    answer = server.client.post("/analyze", content=npy(text_header(descr="'|V2'"), bytes(12)))
+    assert "safetensors" in problem(answer, 422, "unsupported-dtype")["detail"]
+
+
 def test_a_file_that_is_refused_leaves_nothing(torch_server: Server) -> None:
     before = set((torch_server.data / "uploads").iterdir())
     problem(torch_server.client.post("/analyze", content=saved(FLOATS) + b"\0"), 400, "malformed-array")
