@@ -63,9 +63,9 @@ class RankscopeError(Exception):
 class BadRequestValue(RankscopeError):
     """A value that is refused: `field` is a JSON pointer (`/training/lr`) or the name of a query parameter."""
 
-    def __init__(self, field: str, value: object, message: str) -> None:
+    def __init__(self, field: str, value: object, message: str, kind: str = "value_error") -> None:
         place = "pointer" if field.startswith("/") else "parameter"
-        error = {place: field, "detail": message, "type": "value_error", "value": value}
+        error = {place: field, "detail": message, "type": kind, "value": value}
         super().__init__(f"{field}: {message}", errors=[error])
 
 

@@ -74,7 +74,7 @@ def expand(body: dict[str, Any]) -> list[Member]:
     Raises BadRequestValue or BudgetExceeded; a member that is refused is named by its values.
     """
     if unknown := sorted(body.keys() - {"base", "grid"}):
-        raise BadRequestValue(f"/{unknown[0]}"[:100], None, "is unknown; a sweep has base and grid")
+        raise BadRequestValue(f"/{unknown[0]}"[:100], None, "is unknown; a sweep has base and grid", "extra_forbidden")
     base, grid = (_object(body, name) for name in ("base", "grid"))
     axes = {field: _axis(field, values) for field, values in _checked(grid).items()}
     size = math.prod(len(axis) for axis in axes.values())
@@ -170,21 +170,23 @@ def _member(base: dict[str, Any], varied: dict[str, Any]) -> ExperimentSpec:
         return resolve(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _refusal([str(part) for part in first["loc"]], first["input"], first["msg"], varied) from error
+        place = [str(part) for part in first["loc"]]
+        raise _refusal(place, first["input"], first["msg"], first["type"], varied) from error
     except BadRequestValue as error:
         found = error.extra["errors"][0]
-        raise _refusal(found["pointer"].split("/")[1:], found["value"], found["detail"], varied) from error
+        place = found["pointer"].split("/")[1:]
+        raise _refusal(place, found["value"], found["detail"], found["type"], varied) from error
     except BudgetExceeded as error:
         what = f"{error.extra['what']} of the member {label(varied)}"
         advice = "each member is held to the limits of one experiment"
         raise BudgetExceeded(what, error.extra["figure"], error.extra["limit"], advice) from error
 
 
-def _refusal(place: list[str], value: object, message: str, varied: dict[str, Any]) -> BadRequestValue:
+def _refusal(place: list[str], value: object, message: str, kind: str, varied: dict[str, Any]) -> BadRequestValue:
     """A member's refusal, at the axis that it comes from, else in the base."""
     field = next((name for name in varied if name.split(".") == place[: name.count(".") + 1]), None)
     pointer = "/base/" + "/".join(place) if field is None else _pointer(field)
-    return BadRequestValue(pointer[:200], _shown(value), f"{message}, in the member {label(varied)}")
+    return BadRequestValue(pointer[:200], _shown(value), f"{message}, in the member {label(varied)}", kind)
 
 
 def _check_budget(specs: Sequence[ExperimentSpec]) -> None:

@@ -55,7 +55,7 @@ def check(name: str, dtype: str, stored: torch.Tensor, found: NDArray[np.float64
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_chosen_singular_values_come_back_from_files_of_many(torch_server: Server, dtype: str) -> None:
+def test_row_97_chosen_singular_values_come_back_from_files_of_many(torch_server: Server, dtype: str) -> None:
     tensors = as_stored(dtype)
     files = [
         save_safetensors(tensors),
@@ -76,14 +76,14 @@ def test_chosen_singular_values_come_back_from_files_of_many(torch_server: Serve
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_chosen_singular_values_come_back_from_every_npy(server: Server, name: str, dtype: str) -> None:
+def test_row_97_chosen_singular_values_come_back_from_every_npy(server: Server, name: str, dtype: str) -> None:
     stored = as_stored(dtype)[name]
     turned = np.asfortranarray(stored.numpy().astype(stored.numpy().dtype.newbyteorder(">")))
     for array in (stored.numpy(), turned):
         check(name, dtype, stored, values_of(server.analyze(saved(array), reuse=False)))
 
 
-def test_the_hilbert_matrix_comes_back(server: Server) -> None:
+def test_row_97_the_hilbert_matrix_comes_back(server: Server) -> None:
     i = np.arange(12)
     hilbert = 1 / (i[:, None] + i + 1.0)
     # From 60-digit arithmetic: sigma_1 and sigma_12 of the matrix of exact fractions.

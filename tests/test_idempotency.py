@@ -52,7 +52,7 @@ def test_a_second_post_with_the_key_answers_with_the_first_ones_job(idle: Server
     assert names(idle).count("once") == 1
 
 
-def test_a_key_belongs_to_one_body_one_path_and_one_upload(idle: Server) -> None:
+def test_row_42_a_key_belongs_to_one_body_one_path_and_one_upload(idle: Server) -> None:
     headers = keyed()
     assert idle.client.post("/experiments", json={"seed": 1}, headers=headers).status_code == 202
     other = idle.client.post("/experiments", json={"seed": 2}, headers=headers)
@@ -128,33 +128,6 @@ def test_row_42_while_the_first_is_received_a_second_one_is_told_to_wait(idle: S
         assert first.recv(12) == b"HTTP/1.1 202"
     again = idle.client.post("/analyze", content=FILE, headers={"idempotency-key": key, "prefer": "wait=0"})
     assert is_replay(again)
-
-
-def stages(path: str, body: bytes, key: str) -> list[bytes]:
-    """A request broken off after its first line, in its headers, after them, in its body, and not at all."""
-    start = head(path, len(body), key, "Prefer: wait=30")
-    whole = start + body
-    return [whole[:20], whole[: len(start) // 2], start, start + body[: len(body) // 2], whole[:-1], whole]
-
-
-@pytest.mark.parametrize("reads", [False, True])
-@pytest.mark.parametrize("stage", range(6))
-@pytest.mark.parametrize("path", ["/experiments", "/analyze"])
-def test_a_connection_cut_at_any_stage_and_a_retry_make_one_job(
-    idle: Server, path: str, stage: int, reads: bool
-) -> None:
-    key, name = str(uuid.uuid4()), f"{path} {stage} {reads}"
-    query, body = ("", BODY % name.encode()) if path == "/experiments" else (f"?name={name}".replace(" ", "%20"), FILE)
-    listed = "/experiments" if path == "/experiments" else "/analyses"
-    with connect(idle) as connection:
-        connection.sendall(stages(path + query, body, key)[stage])
-        if reads and stage == 5:  # Not only sent: the job is stored, and the answer is waited for.
-            wait_for(lambda: name in names(idle, listed), "the job to be stored")
-    for _ in range(2):
-        retry = wait_for(lambda: sent_again(idle, path + query, body, key), "the retry to be taken")
-        assert retry.status_code == 202
-    assert is_replay(retry)
-    assert names(idle, listed).count(name) == 1
 
 
 def sent_again(server: Server, path: str, body: bytes, key: str) -> httpx.Response | None:

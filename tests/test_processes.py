@@ -156,21 +156,6 @@ def test_f18_a_device_that_is_offered_but_missing_fails_the_job_in_a_fresh_proce
     assert stop_server(server) == 0
 
 
-def test_a_full_queue_and_a_full_disk_refuse_new_work(tmp_path: Path) -> None:
-    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_QUEUE_LIMIT="1")
-    server.post({})
-    answer = server.client.post("/experiments", json={})
-    assert (answer.status_code, answer.json()["type"]) == (429, "/problems/queue-full")
-    assert int(answer.headers["retry-after"]) > 0
-    stop_server(server)
-    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_FREE_DISK=str(10**18))
-    answer = server.client.post("/experiments", json={})
-    assert (answer.status_code, answer.json()["type"]) == (507, "/problems/storage-full")
-    assert server.client.get("/readyz").status_code == 503
-    assert len(server.client.get("/experiments").json()["data"]) == 1  # What is stored can be read.
-    stop_server(server)
-
-
 @pytest.mark.parametrize("command", ["serve", "migrate", "work"])
 def test_a_damaged_database_is_one_line_and_exit_code_5(tmp_path: Path, command: str) -> None:
     (tmp_path / "rankscope.sqlite3").write_bytes(b"no database" * 1000)

@@ -54,6 +54,17 @@ def test_a_bad_file_gets_its_status_and_type(torch_server: Server, bad: Bad) -> 
         assert job["error"]["detail"] == answer.json()["detail"]
 
 
+def test_row_71_a_header_is_not_echoed(server: Server) -> None:
+    answer = server.client.post("/analyze", content=npy(text_header(shape="(secret" * 500)))
+    problem(answer, 400, "malformed-array")
+    assert "secret" not in answer.text
+
+
+def test_row_77_what_numpy_cannot_keep_is_asked_for_as_safetensors(server: Server) -> None:
+    answer = server.client.post("/analyze", content=npy(text_header(descr="'|V2'"), bytes(12)))
+    assert "safetensors" in problem(answer, 422, "unsupported-dtype")["detail"]
+
+
 def test_a_file_that_is_refused_leaves_nothing(torch_server: Server) -> None:
     before = set((torch_server.data / "uploads").iterdir())
     problem(torch_server.client.post("/analyze", content=saved(FLOATS) + b"\0"), 400, "malformed-array")
@@ -75,6 +86,7 @@ class Payload:
         return os.system, (f"touch {CANARIES[1]}",)
 
 
+EYE = torch.eye(2)
 NESTED: Any = ()
 for _ in range(40):
     NESTED = (NESTED, NESTED)
@@ -89,6 +101,7 @@ for _ in range(40):
         pytest.param(torch_file(torch.nn.Linear(2, 2)), 422, "unsafe-checkpoint", id="a whole module"),
         pytest.param(torch_file({"w": torch.eye(3)})[:-10], 400, "malformed-archive", id="row 125: truncated"),
         pytest.param(torch_file({"w": torch.zeros(1).expand(9, 9)}), 413, "array-too-large", id="row 126: small"),
+        pytest.param(torch_file([EYE] * 10_001), 413, "archive-too-large", id="row 130: one more than may be"),
         pytest.param(
             torch_file({"w": torch.zeros(1).expand(100_000, 100_000)}), 413, "array-too-large", id="row 126: 40 GB"
         ),
@@ -169,7 +182,7 @@ def test_row_136_the_content_type_decides_nothing(server: Server) -> None:
         assert answer.status_code == 200
 
 
-def test_an_upload_over_the_limit_is_refused_before_it_is_read_or_as_soon_as_it_is(tmp_path: Path) -> None:
+def test_row_21_an_upload_over_the_limit_is_refused_before_it_is_read_or_as_soon_as_it_is(tmp_path: Path) -> None:
     server = start_server(tmp_path / "data", workers=0, RANKSCOPE_UPLOAD_LIMIT="2000000")
     chunks = (bytes(100_000) for _ in range(30))
     problem(server.client.post("/analyze", content=chunks), 413, "body-too-large")
@@ -214,8 +227,10 @@ def values_of(state: dict[str, Any], name: str = "array") -> np.ndarray:
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("ends", ["<", ">"])
 @pytest.mark.parametrize("kind", ["f2", "f4", "f8", "f16", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"])
-def test_every_dtype_byte_order_and_memory_order_is_read(server: Server, kind: str, ends: str, order: Any) -> None:
-    matrix = (10 * MATRIX).astype(np.dtype(kind).newbyteorder(ends))  # rows 74, 75, 76, 79, 81
+def test_rows_74_75_76_79_81_every_dtype_in_every_order_is_read(
+    server: Server, kind: str, ends: str, order: Any
+) -> None:
+    matrix = (10 * MATRIX).astype(np.dtype(kind).newbyteorder(ends))
     state = server.analyze(saved(np.asarray(matrix, order=order)), reuse=False)
     expected = np.linalg.svd(matrix.astype(np.float64))[1]
     np.testing.assert_allclose(values_of(state), expected, rtol=0, atol=1e-14 * expected[0])
@@ -274,7 +289,7 @@ def test_row_96_matrices_at_the_ends_of_float64_have_their_ranks(server: Server,
     assert tensor["spectral_norm"] == (pytest.approx(largest, rel=1e-12) if np.isfinite(largest) else None)
 
 
-def test_row_104_member_names_are_escaped_labels(server: Server) -> None:
+def test_rows_104_119_names_of_members_and_keys_are_escaped_labels(server: Server) -> None:
     names = ["../../etc/x", "/etc/passwd", "a\0b", "\u202egnp.exe", "back\\slash"]
     content = safetensors({name: entry((2, 2), 16 * i, 16 * i + 16) for i, name in enumerate(names)}, bytes(80))
     shown = [tensor["name"] for tensor in server.analyze(content)["tensors"]]

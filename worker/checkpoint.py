@@ -82,7 +82,7 @@ def _named(loaded: Any, limits: Limits) -> list[tuple[str, torch.Tensor]]:
     def walk(value: Any, names: tuple[str, ...]) -> None:
         nonlocal left
         left -= 1
-        if left < 0 or len(names) > DEEPEST or len(found) > limits.tensors:
+        if left < 0 or len(names) > DEEPEST or len(found) + isinstance(value, torch.Tensor) > limits.tensors:
             raise ArchiveTooLarge(f"it holds more than {limits.tensors} tensors, or nests deeper than {DEEPEST}")
         if isinstance(value, torch.Tensor):
             # A pickle can give a tensor attributes, which would be asked in its methods' place.

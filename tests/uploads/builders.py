@@ -139,6 +139,12 @@ def hidden_bomb() -> bytes:
     return zipped(Part("a.npy", head + bytes(48), deflated=True, size=size))
 
 
+def too_many_entries() -> bytes:
+    """A member whose sides are within the limits and whose headers agree on 2²⁷ + 16 384 entries, in 200 bytes."""
+    head = npy_of((16_384, 8_193), descr="|i1")
+    return zipped(Part("a.npy", head, deflated=True, size=len(head) + 16_384 * 8_193))
+
+
 def overfull(shape: tuple[int, int]) -> bytes:
     """Every header agrees on a float64 matrix of this shape; the stream goes on for 5 MB."""
     head = npy_of(shape)
