@@ -1,5 +1,6 @@
 """Faults that a worker and its jobs survive, by their rows; `test_chaos` brings them at random."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -41,6 +42,15 @@ def job_row(server: Server, experiment_id: str) -> dict[str, Any]:
         row = dict(database.execute("SELECT * FROM jobs WHERE id = ?", (experiment_id,)).fetchone())
     database.close()
     return row
+
+
+@contextlib.contextmanager
+def only_writer(server: Server) -> Iterator[None]:
+    """Hold the database's lock for writers, as soon as it is free."""
+    with contextlib.closing(sqlite3.connect(server.data / "rankscope.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
 def jobs_of(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -110,7 +120,7 @@ def test_f6_a_job_waits_for_room_on_a_full_disk_and_new_ones_are_refused(tmp_pat
         # The log is elsewhere: it goes on.
         (tmp_path / "data").symlink_to(disk)
         server = start_server(tmp_path / "data", RANKSCOPE_FREE_DISK="0", **FAST)
-        posted = server.post(spec(4000, every=1))["id"]
+        posted = server.post(spec(40_000, every=1))["id"]
         server.wait(posted, "running")
         ballast = disk / "ballast"
         with ballast.open("wb", buffering=0) as file:
@@ -141,13 +151,10 @@ def test_f7_a_lock_that_outlasts_every_lease_costs_a_running_job_nothing(fast: S
     workers = [start_worker(fast), start_worker(fast)]
     posted = fast.post(spec(3000))["id"]
     fast.wait(posted, "running")
-    with sqlite3.connect(fast.data / "rankscope.sqlite3", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with only_writer(fast):
         refused = fast.client.post("/experiments", json={})  # It waits for five seconds first: five leases.
         assert (refused.status_code, refused.json()["type"]) == (503, "/problems/database-unavailable")
         assert int(refused.headers["retry-after"]) > 0
-        other.execute("ROLLBACK")
-    other.close()
     state = fast.wait(posted)
     assert (state["status"], state["attempt"]) == ("succeeded", 1)
     assert epochs_of(fast, posted) == list(range(0, 3001, 10))
@@ -159,8 +166,9 @@ def test_f11_a_worker_that_slept_through_its_lease_finds_its_job_with_another(fa
     posted = fast.post(LONG)["id"]
     wait_for(lambda: has_checkpoint(fast, posted), "a checkpoint")
     family = [psutil.Process(sleeper.pid), *psutil.Process(sleeper.pid).children(recursive=True)]
-    for process in family:
-        process.suspend()
+    with only_writer(fast):  # One that slept in mid-commit would hold SQLite's lock for as long.
+        for process in family:
+            process.suspend()
     other = start_worker(fast)
     wait_for(lambda: job_row(fast, posted)["attempt"] == 2, "the other worker to take over")
     job = family[-1]
