@@ -37,13 +37,12 @@ def _squared_errors(network: Network, activation: Activation, index: int, x: Ten
     """Each target's sum of squared errors (k, targets) after the cut of one layer to rank 1…k."""
     xp = namespace_of(x)
     u, s, vt = (xp.asarray(factor, device=x.device) for factor in svd(network.weights[index]))
-    bias = None if network.biases is None else network.biases[index]
     n_rows = max(1, CHUNK // max(network.widths))
     squares = xp.zeros((len(s), y.shape[1]), dtype=xp.float64, device=x.device)
     for start in range(0, len(x), n_rows):
         rows = slice(start, start + n_rows)
         amounts = forward(network, activation, x[rows], stop=index) @ (vt.T * s)
-        for rank, z in enumerate(_partial_sums(amounts, u.T, bias)):
+        for rank, z in enumerate(_partial_sums(amounts, u.T, network.biases[index])):
             residual = _finish(network, activation, index, z) - y[rows]
             squares[rank] += (residual * residual).sum(0)
     return np.asarray(as_numpy(squares))

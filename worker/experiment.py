@@ -82,7 +82,7 @@ def cuts(spec: ExperimentSpec, trainer: Trainer, member: int = 0) -> dict[str, t
     """Validation loss and R² by rank of every recorded layer, in float64 whatever the training's dtype."""
     data, arrays = make_dataset(spec, "float64"), Arrays(trainer.xp, trainer.device, "float64")
     x, y = (arrays.stack([values])[0] for values in (data.x_validation, data.y_validation))
-    return cut_curves(trainer.network.member(member), spec.network.activation, x, y, spec.recorded_layers)
+    return cut_curves(trainer.network[member], spec.network.activation, x, y, spec.recorded_layers)
 
 
 def _or_none(value: float) -> float | None:

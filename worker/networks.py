@@ -1,15 +1,16 @@
 """Fully connected networks as flat vectors of parameters, for a batch of members at once.
 
-All parameters of a member are one row of an array (M, P), in PyTorch's order W1, b1, W2, b2, …; weights (M, out, in)
-and biases (M, out) are views of it. A tensor is a numpy array or a torch tensor: everything here is spelled so that the
-namespace `xp` can be either.
+All parameters of a member are one row of an array (M, P), layer after layer. A layer is one matrix (out, in + 1) with
+the bias as its last column, so that biases and their gradients come out of the products with the weights: on small
+networks a call costs as much as its arithmetic. A tensor is a numpy array or a torch tensor: everything here is spelled
+so that the namespace `xp` can be either.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from types import ModuleType
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from service.schemas import Activation, ExperimentSpec
 
 Tensor = Any  # numpy.ndarray or torch.Tensor
 InPlace = Callable[[Tensor], object]
-Chain = Callable[[Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,29 @@ class Arrays:
         """An array whose values are yet to be written."""
         return self.xp.empty(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
 
-    def zeros(self, *shape: int) -> Tensor:
-        """An array of zeros."""
-        return self.xp.zeros(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
+    def ones(self, *shape: int) -> Tensor:
+        """An array of ones."""
+        return self.xp.ones(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
 
-    def stack(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
+    def take(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
+        """out[i] = rows[index[i]] for valid indices, without a copy in between."""
+        if self.xp is torch:
+            torch.index_select(rows, 0, index, out=out)
+        else:
+            np.take(rows, index, axis=0, out=out, mode="clip")  # The mode that does not buffer.
+
+    def column(self, values: Sequence[float], axes: int = 1) -> Tensor:
+        """A number a member, to multiply arrays by: (M, 1, …), or () where all are the same, which costs less."""
+        column = self.stack(values).reshape(-1, *[1] * axes)
+        return column.reshape(-1)[0] if len(set(values)) == 1 else column
+
+    def stack(self, arrays: Sequence[NDArray[Any]] | Sequence[float]) -> Tensor:
         """The members' arrays with a leading member axis, rounded to the dtype; always a copy."""
         # Rounded member by member, and what is beyond float32 is infinite there.
         with np.errstate(over="ignore", under="ignore"):
-            return self.xp.asarray(np.stack([array.astype(self.dtype) for array in arrays]), device=self.device)
+            return self.xp.asarray(
+                np.stack([np.asarray(array).astype(self.dtype) for array in arrays]), device=self.device
+            )
 
 
 def namespace_of(tensor: Tensor) -> ModuleType:
@@ -57,84 +71,71 @@ def as_numpy(tensor: Tensor) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Network:
-    """Views of the parameters: weights (…, out, in) and biases (…, 1, out), None where there are none."""
+    """Layers (…, out, in + 1), views of the parameters; the last column is the bias, and not there without `bias`."""
 
-    weights: list[Tensor]
-    biases: list[Tensor] | None
+    layers: list[Tensor]
+    bias: bool
 
     @classmethod
     def of(cls, flat: Tensor, spec: ExperimentSpec) -> "Network":
-        """The layers of vectors (M, P) of parameters in PyTorch's order W1, b1, W2, b2, …"""
-        weights, biases, start = [], [], 0
+        """The layers of vectors (M, P) of parameters."""
+        layers, start = [], 0
         for m, n in spec.shapes.values():
-            weights.append(flat[:, start : start + m * n].reshape(-1, m, n))
-            start += m * n
-            if spec.network.bias:
-                biases.append(flat[:, start : start + m].reshape(-1, 1, m))
-                start += m
-        return cls(weights, biases if spec.network.bias else None)
+            end = start + m * (n + spec.network.bias)
+            layers.append(flat[:, start:end].reshape(len(flat), m, -1))
+            start = end
+        return cls(layers, spec.network.bias)
 
-    def __getitem__(self, members: slice) -> "Network":
-        """Some networks of the batch."""
-        biases = None if self.biases is None else [bias[members] for bias in self.biases]
-        return Network([weight[members] for weight in self.weights], biases)
-
-    def member(self, index: int) -> "Network":
-        """One network of the batch: weights (out, in), biases (1, out)."""
-        biases = None if self.biases is None else [bias[index] for bias in self.biases]
-        return Network([weight[index] for weight in self.weights], biases)
+    def __getitem__(self, members: slice | int) -> "Network":
+        """Some networks of the batch, or one without the member axis."""
+        return Network([layer[members] for layer in self.layers], self.bias)
 
     def cast(self, dtype: str) -> "Network":
         """The same network in another dtype."""
-        xp = namespace_of(self.weights[0])
-        to = getattr(xp, dtype)
-        biases = None if self.biases is None else [xp.asarray(bias, dtype=to) for bias in self.biases]
-        return Network([xp.asarray(weight, dtype=to) for weight in self.weights], biases)
+        xp = namespace_of(self.layers[0])
+        return Network([xp.asarray(layer, dtype=getattr(xp, dtype)) for layer in self.layers], self.bias)
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """The weights (…, out, in)."""
+        return [layer[..., :-1] for layer in self.layers] if self.bias else self.layers
+
+    @cached_property
+    def biases(self) -> list[Tensor | None]:
+        """The biases (…, 1, out)."""
+        return [layer[..., None, :, -1] if self.bias else None for layer in self.layers]
 
     @property
     def widths(self) -> list[int]:
         """How many outputs every layer has."""
-        return [weight.shape[-2] for weight in self.weights]
-
-    @property
-    def layers(self) -> "list[Layer]":
-        """The views that a forward pass needs."""
-        biases = self.biases or [None] * len(self.weights)
-        return [Layer(weight.swapaxes(-1, -2), bias) for weight, bias in zip(self.weights, biases, strict=True)]
-
-
-class Layer(NamedTuple):
-    """A layer's weight transposed (…, in, out) and its bias (…, 1, out)."""
-
-    transposed: Tensor
-    bias: Tensor | None
+        return [layer.shape[-2] for layer in self.layers]
 
 
 def named_parameters(network: Network, member: int) -> dict[str, NDArray[Any]]:
     """Copies of a member's parameters under the names that PyTorch would give them: `W1.weight`, `W1.bias`, …"""
     named = {}
-    for i, weight in enumerate(network.weights):
+    for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         named[f"W{i + 1}.weight"] = as_numpy(weight[member]).copy()
-        if network.biases is not None:
-            named[f"W{i + 1}.bias"] = as_numpy(network.biases[i][member, 0]).copy()
+        if bias is not None:
+            named[f"W{i + 1}.bias"] = as_numpy(bias[member, 0]).copy()
     return named
 
 
 def initial_parameters(spec: ExperimentSpec) -> NDArray[np.float32]:
     """PyTorch's default initialisation for the specification's seed times its init_scale, as a flat vector (P,)."""
-    flat = np.empty(spec.parameters, dtype=np.float32)
-    start = 0
+    flat = np.empty((1, spec.parameters), dtype=np.float32)
+    network = Network.of(flat, spec)[0]
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that one would also seed the CUDA generators, which nobody saves and restores.
         torch.default_generator.manual_seed(spec.seed)
-        for n_inputs, n_outputs in pairwise(spec.widths):
-            linear = torch.nn.Linear(n_inputs, n_outputs, bias=spec.network.bias, device="cpu", dtype=torch.float32)
-            for parameter in linear.parameters():
-                end = start + parameter.numel()
-                flat[start:end] = parameter.detach().numpy().ravel()
-                start = end
+        for weight, bias in zip(network.weights, network.biases, strict=True):
+            m, n = weight.shape
+            linear = torch.nn.Linear(n, m, bias=bias is not None, device="cpu", dtype=torch.float32)
+            weight[:] = linear.weight.detach().numpy()
+            if bias is not None:
+                bias[:] = linear.bias.detach().numpy()
     flat *= np.float32(spec.network.init_scale)
-    return flat
+    return flat.ravel()
 
 
 def activation_of(name: Activation, xp: Any) -> InPlace:
@@ -161,111 +162,18 @@ def _sigmoid(z: Tensor, xp: Any) -> None:
     xp.reciprocal(z, out=z)
 
 
-def chain_of(name: Activation, xp: Any) -> Chain:
-    """The chain rule (delta, a, scratch): multiply delta in place by activation'(z), given a = activation(z)."""
-    match name:
-        case "tanh":
-            return lambda delta, a, scratch: _tanh_chain(delta, a, scratch, xp)
-        case "relu":
-            return lambda delta, a, scratch: xp.multiply(delta, xp.sign(a, out=scratch), out=delta)
-        case "sigmoid":
-            return lambda delta, a, scratch: _sigmoid_chain(delta, a, scratch, xp)
-        case "identity":
-            return lambda delta, a, scratch: None
-        case _:
-            assert_never(name)
-
-
-def _tanh_chain(delta: Tensor, a: Tensor, scratch: Tensor, xp: Any) -> None:
-    xp.multiply(a, a, out=scratch)
-    xp.multiply(delta, scratch, out=scratch)
-    xp.subtract(delta, scratch, out=delta)
-
-
-def _sigmoid_chain(delta: Tensor, a: Tensor, scratch: Tensor, xp: Any) -> None:
-    xp.multiply(delta, a, out=delta)
-    xp.multiply(delta, a, out=scratch)
-    xp.subtract(delta, scratch, out=delta)
-
-
 def forward(network: Network, activation: Activation, h: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
     """The outputs (…, n, out) of layers first…stop−1 for inputs (…, n, in); the inputs stay as they are.
 
     Every layer but the network's last one is activated. Without a layer the inputs themselves come back.
     """
     xp = namespace_of(h)
-    activate, last = activation_of(activation, xp), len(network.weights) - 1
-    for index, (transposed, bias) in enumerate(network.layers[first:stop], first):
-        h = xp.matmul(h, transposed)
+    activate, last = activation_of(activation, xp), len(network.layers) - 1
+    layers = list(zip(network.weights, network.biases, strict=True))
+    for index, (weight, bias) in enumerate(layers[first:stop], first):
+        h = xp.matmul(h, weight.swapaxes(-1, -2))
         if bias is not None:
             h += bias
         if index < last:
             activate(h)
     return h
-
-
-class _Step(NamedTuple):
-    """One layer on the way back: `delta` (M, n, out) is the derivative of the loss by its z, `below` its input."""
-
-    delta_transposed: Tensor
-    below: Tensor
-    weight_gradient: Tensor
-    delta: Tensor
-    weight: Tensor
-    delta_below: Tensor
-    scratch: Tensor
-
-
-class Backpropagation:
-    """The gradient of the mean squared error of batches of `n_rows` rows, worked out in buffers that are made once."""
-
-    def __init__(
-        self, network: Network, gradient: Network, activation: Activation, n_rows: int, arrays: Arrays
-    ) -> None:
-        members, widths = len(network.weights[0]), network.widths
-        self._xp = arrays.xp
-        self._activate = activation_of(activation, arrays.xp)
-        self._chain = chain_of(activation, arrays.xp)
-        self._outputs, self._deltas, scratch = (
-            [arrays.empty(members, n_rows, width) for width in widths] for _ in range(3)
-        )
-        self._layers = list(zip(network.layers, self._outputs, strict=True))
-        transposed = [delta.swapaxes(1, 2) for delta in self._deltas]
-        self._first = (transposed[0], gradient.weights[0])
-        self._upper = [
-            _Step(
-                transposed[i], self._outputs[i - 1], gradient.weights[i],
-                self._deltas[i], network.weights[i], self._deltas[i - 1], scratch[i - 1],
-            )
-            for i in reversed(range(1, len(widths)))
-        ]  # fmt: skip
-        self._biases = [] if gradient.biases is None else list(zip(self._deltas, gradient.biases, strict=True))
-        self._ones = arrays.zeros(members, 1, n_rows) + 1  # A product with ones sums in half the time of a sum.
-        self._scale = 2 / (n_rows * widths[-1])
-
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Write the gradient for inputs x (M, n, features) and targets y (M, n, targets)."""
-        xp, matmul = self._xp, self._xp.matmul
-        self._forward(x)
-        delta = self._deltas[-1]
-        xp.subtract(self._outputs[-1], y, out=delta)
-        xp.multiply(delta, self._scale, out=delta)
-        for delta_transposed, below, weight_gradient, delta, weight, delta_below, scratch in self._upper:
-            matmul(delta_transposed, below, out=weight_gradient)
-            matmul(delta, weight, out=delta_below)
-            self._chain(delta_below, below, scratch)
-        delta_transposed, weight_gradient = self._first
-        matmul(delta_transposed, x, out=weight_gradient)
-        for delta, bias_gradient in self._biases:
-            matmul(self._ones, delta, out=bias_gradient)
-
-    def _forward(self, h: Tensor) -> None:
-        """What `forward` gives, layer by layer into the buffers."""
-        matmul, add, last = self._xp.matmul, self._xp.add, self._outputs[-1]
-        for (transposed, bias), output in self._layers:
-            matmul(h, transposed, out=output)
-            if bias is not None:
-                add(output, bias, out=output)
-            if output is not last:
-                self._activate(output)
-            h = output

@@ -1,138 +1,125 @@
 """PyTorch's optimizers at their default settings, over the rows of a batch of members.
 
-The formulas are those of torch.optim, with biases decayed like weights; learning rate, weight decay and momentum are
-columns (M, 1). An update is a function of the step's number, from 1, and of the members that it is for; it changes
-their parameters, rows of (M, P), in place and spoils their gradients.
+The formulas are those of torch.optim, with biases decayed like weights. What they start from is a gradient that has
+been scaled: SGD wants it times the learning rate, which costs nothing where the loss is scaled anyway. An update is a
+function of the step's number, from 1; it changes the parameters, (M, P), and its state in place and spoils the
+gradient.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
-import numpy as np
-
-from service.lowrank.ranks import Array
-from service.schemas import ExperimentSpec
+from service.schemas import ExperimentSpec, TrainingSpec
 from worker.networks import Arrays, Tensor
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
-Update = Callable[[int, slice], None]
+Update = Callable[[int], None]
 
 
-class Optimizer(NamedTuple):
-    """An update, and what it remembers from one step to the next: vectors (M, P) that it changes in place."""
+def state_names(members: Sequence[ExperimentSpec]) -> list[str]:
+    """The vectors (M, P), zeros at first, that the members' optimizer remembers from one step to the next."""
+    if members[0].training.optimizer == "sgd":
+        return ["velocity"] if any(member.training.momentum for member in members) else []
+    return ["first_moment", "second_moment"]
 
-    update: Update
-    state: dict[str, Tensor]
+
+def gradient_scale(training: TrainingSpec) -> float:
+    """What the gradient is to be multiplied by before an update."""
+    return training.lr if training.optimizer == "sgd" else 1.0
 
 
 @dataclass(frozen=True)
-class _Vectors:
-    """What every update works on, each (M, P)."""
+class Vectors:
+    """What an update works on, each (M, P)."""
 
-    arrays: Arrays
     parameters: Tensor
     gradient: Tensor
     scratch: Tensor
-
-    def zeros(self) -> Tensor:
-        """Another such vector, for the optimizer's state."""
-        return self.arrays.zeros(*self.parameters.shape)
+    state: dict[str, Tensor]
 
 
-def make_optimizer(
-    members: Sequence[ExperimentSpec], parameters: Tensor, gradient: Tensor, arrays: Arrays
-) -> Optimizer:
-    """The members' optimizer, with the settings of each."""
+def make_update(members: Sequence[ExperimentSpec], vectors: Vectors, arrays: Arrays) -> Update:
+    """The members' update, with the settings of each."""
     training = [member.training for member in members]
-    lr = np.array([[one.lr] for one in training])
-    decay = np.array([[one.weight_decay] for one in training])
-    vectors = _Vectors(arrays, parameters, gradient, arrays.zeros(*parameters.shape))
     optimizer = training[0].optimizer
     match optimizer:
         case "sgd":
-            momentum = np.array([[one.momentum] for one in training])
-            return _after(_coupled_decay(vectors, decay), _sgd(vectors, lr, momentum))
+            decay = _coupled_decay(vectors, [one.lr * one.weight_decay for one in training], arrays)
+            return _after(decay, _sgd(vectors, [one.momentum for one in training], arrays))
         case "adam":
-            return _after(_coupled_decay(vectors, decay), _adam(vectors, lr))
+            decay = _coupled_decay(vectors, [one.weight_decay for one in training], arrays)
         case "adamw":
-            return _after(_decoupled_decay(vectors, lr * decay), _adam(vectors, lr))
+            decay = _decoupled_decay(vectors, [one.lr * one.weight_decay for one in training], arrays)
         case _:
             assert_never(optimizer)
+    return _after(decay, _adam(vectors, [one.lr for one in training], arrays))
 
 
-def _column(values: Array, arrays: Arrays) -> Tensor:
-    return arrays.stack(list(values))
-
-
-def _after(decay: Update | None, step: Optimizer) -> Optimizer:
+def _after(decay: Update | None, step: Update) -> Update:
     if decay is None:
         return step
 
-    def update(number: int, rows: slice) -> None:
-        decay(number, rows)
-        step.update(number, rows)
-
-    return Optimizer(update, step.state)
-
-
-def _coupled_decay(v: _Vectors, decay: Array) -> Update | None:
-    """gradient += decay·parameters."""
-    if not decay.any():
-        return None
-    xp, decays = v.arrays.xp, _column(decay, v.arrays)
-
-    def update(number: int, rows: slice) -> None:
-        gradient, scratch = v.gradient[rows], v.scratch[rows]
-        xp.multiply(v.parameters[rows], decays[rows], out=scratch)
-        xp.add(gradient, scratch, out=gradient)
+    def update(number: int) -> None:
+        decay(number)
+        step(number)
 
     return update
 
 
-def _decoupled_decay(v: _Vectors, lr_decay: Array) -> Update | None:
+def _coupled_decay(v: Vectors, decays: list[float], arrays: Arrays) -> Update | None:
+    """gradient += decay·parameters, where the decay is scaled like the gradient."""
+    if not any(decays):
+        return None
+    xp, column = arrays.xp, arrays.column(decays)
+
+    def update(_number: int) -> None:
+        xp.multiply(v.parameters, column, out=v.scratch)
+        xp.add(v.gradient, v.scratch, out=v.gradient)
+
+    return update
+
+
+def _decoupled_decay(v: Vectors, lr_decays: list[float], arrays: Arrays) -> Update | None:
     """parameters *= 1 − lr·decay."""
-    if not lr_decay.any():
+    if not any(lr_decays):
         return None
-    xp, kept = v.arrays.xp, _column(1 - lr_decay, v.arrays)
+    xp, kept = arrays.xp, arrays.column([1 - lr_decay for lr_decay in lr_decays])
 
-    def update(number: int, rows: slice) -> None:
-        parameters = v.parameters[rows]
-        xp.multiply(parameters, kept[rows], out=parameters)
+    def update(_number: int) -> None:
+        xp.multiply(v.parameters, kept, out=v.parameters)
 
     return update
 
 
-def _sgd(v: _Vectors, lr: Array, momentum: Array) -> Optimizer:
-    """velocity = momentum·velocity + gradient; parameters −= lr·velocity."""
-    xp, rates, momenta = v.arrays.xp, _column(lr, v.arrays), _column(momentum, v.arrays)
-    velocity = v.zeros() if momentum.any() else v.gradient
+def _sgd(v: Vectors, momenta: list[float], arrays: Arrays) -> Update:
+    """velocity = momentum·velocity + gradient; parameters −= velocity, with lr in gradient and velocity alike."""
+    xp = arrays.xp
+    if (velocity := v.state.get("velocity")) is None:
+        return lambda _number: xp.subtract(v.parameters, v.gradient, out=v.parameters)
+    column = arrays.column(momenta)
 
-    def update(number: int, rows: slice) -> None:
-        parameters, scratch, moving = v.parameters[rows], v.scratch[rows], velocity[rows]
-        if velocity is not v.gradient:
-            xp.multiply(moving, momenta[rows], out=moving)
-            xp.add(moving, v.gradient[rows], out=moving)
-        xp.multiply(moving, rates[rows], out=scratch)
-        xp.subtract(parameters, scratch, out=parameters)
+    def update(_number: int) -> None:
+        xp.multiply(velocity, column, out=velocity)
+        xp.add(velocity, v.gradient, out=velocity)
+        xp.subtract(v.parameters, velocity, out=v.parameters)
 
-    return Optimizer(update, {} if velocity is v.gradient else {"velocity": velocity})
+    return update
 
 
-def _adam(v: _Vectors, lr: Array) -> Optimizer:
+def _adam(v: Vectors, lr: list[float], arrays: Arrays) -> Update:
     """parameters −= lr·m̂/(√v̂ + ε), with m̂ and v̂ the bias-corrected means of gradient and gradient².
 
     The running sums kept are m/(1 − β₁) and v/(1 − β₂), which cost two operations less; numerator and denominator are
     both scaled by √((1 − β₂ᵗ)/(1 − β₂)) to make up for it.
     """
-    xp, rates = v.arrays.xp, _column(lr, v.arrays)
-    firsts, seconds = v.zeros(), v.zeros()
+    xp, rates = arrays.xp, arrays.column(lr)
+    first, second = v.state["first_moment"], v.state["second_moment"]
 
-    def update(number: int, rows: slice) -> None:
-        parameters, gradient, scratch = v.parameters[rows], v.gradient[rows], v.scratch[rows]
-        first, second = firsts[rows], seconds[rows]
+    def update(number: int) -> None:
+        gradient, scratch = v.gradient, v.scratch
         scale = math.sqrt((1 - BETA2**number) / (1 - BETA2))
         xp.multiply(first, BETA1, out=first)
         xp.add(first, gradient, out=first)
@@ -142,7 +129,7 @@ def _adam(v: _Vectors, lr: Array) -> Optimizer:
         xp.sqrt(second, out=scratch)
         xp.add(scratch, EPSILON * scale, out=scratch)
         xp.divide(first, scratch, out=scratch)
-        xp.multiply(scratch, rates[rows] * (scale * (1 - BETA1) / (1 - BETA1**number)), out=scratch)
-        xp.subtract(parameters, scratch, out=parameters)
+        xp.multiply(scratch, rates * (scale * (1 - BETA1) / (1 - BETA1**number)), out=scratch)
+        xp.subtract(v.parameters, scratch, out=v.parameters)
 
-    return Optimizer(update, {"first_moment": firsts, "second_moment": seconds})
+    return update

@@ -1,16 +1,17 @@
 """Mean squared error and R² of a batch of networks on whole data sets, summed in float64."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.lowrank.ranks import Array
-from service.schemas import Activation
-from worker.networks import Arrays, Network, Tensor, as_numpy, forward
+from worker.backpropagation import ForwardOf
+from worker.networks import Arrays, Network, Tensor, as_numpy
 
 CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
+DEVICE_CHUNK = 2**24  # The same where what a call costs is its start.
 
 Score = Callable[[], tuple[Array, Array]]
 
@@ -43,26 +44,29 @@ def loss_and_r2(squared_errors: Array, total_squares: Array, n_samples: int) -> 
     return loss, np.where((total_squares == 0).any(axis=-1), np.nan, r2)
 
 
-def score_of(
-    network: Network, activation: Activation, x: Tensor, y: Tensor, arrays: Arrays, blocks: Sequence[slice]
-) -> Score:
-    """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features), y (M, n, targets).
+def score_of(network: Network, forward_of: ForwardOf, x: Tensor, y: Tensor, arrays: Arrays) -> Score:
+    """A function that gives every member's loss (M,) and R² (M,) on its own x (M, n, features + 1), y (M, n, targets).
 
-    It goes by `blocks` of members, whose weights stay in the cache from chunk to chunk.
+    On the CPU it goes by few members at a time, of many rows each: a row costs half as much in a large product as in a
+    small one. The 1 is the bias's, as `Forward` takes it.
     """
     n_members, n_samples, n_targets = y.shape
     total_squares = np.stack([squares_about_mean(member) for member in as_numpy(y)])
     xp, widest = arrays.xp, max(network.widths)
-    networks = [(members, network[members]) for members in blocks]
+    chunk = CHUNK if arrays.device == "cpu" else DEVICE_CHUNK
+    at_once = min(n_members, max(1, chunk // (max(1, n_samples) * widest)))
+    n_rows = max(1, chunk // (at_once * widest))
+    parts = [slice(start, start + at_once) for start in range(0, n_members, at_once)]
+    networks = [(members, network[members].layers) for members in parts]
 
     def score() -> tuple[Array, Array]:
         squares = xp.zeros((n_members, n_targets), dtype=xp.float64, device=arrays.device)
-        for members, part in networks:
-            n_rows = max(1, CHUNK // (len(part.weights[0]) * widest))
+        for members, layers in networks:
             for start in range(0, n_samples, n_rows):
                 inputs, targets = (values[members, start : start + n_rows] for values in (x, y))
-                residual = xp.asarray(forward(part, activation, inputs) - targets, dtype=xp.float64)
-                squares[members] += (residual * residual).sum(1)
+                outputs = forward_of(*inputs.shape[:2])(layers, inputs)
+                residual = xp.asarray(outputs - targets.swapaxes(1, 2), dtype=xp.float64)
+                squares[members] += (residual * residual).sum(2)
         return loss_and_r2(as_numpy(squares), total_squares, n_samples)
 
     return score

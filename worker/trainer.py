@@ -7,11 +7,12 @@ Training yields; it does not write, and it measures nothing but losses. It can b
 checkpoint goes on from there in another process.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,20 +21,19 @@ from numpy.typing import NDArray
 from service.lowrank.ranks import Array
 from service.schemas import ExperimentSpec
 from service.sweeps import shared
+from worker.backpropagation import Backpropagation, Forward, ForwardOf
 from worker.datasets import make_dataset
 from worker.networks import (
     Arrays,
-    Backpropagation,
     Network,
     Tensor,
     as_numpy,
     initial_parameters,
     named_parameters,
 )
-from worker.optimizers import make_optimizer
+from worker.optimizers import Update, Vectors, gradient_scale, make_update, state_names
 from worker.scores import score_of
 
-GATHER = 2**20  # Values moved at a time when the data are shuffled, so that no second copy of them is ever made.
 BLOCK = 2**17  # Parameters trained at a time on the CPU: they stay in its cache from step to step.
 CHUNK_WORK, CHUNK_STEPS = 2**30, 4096  # About a third of a second of training, between two looks outside.
 GAMMA, MIX1, MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -55,6 +55,14 @@ class Snapshot:
     validation_r2: Array
     weights: list[Tensor]
     diverged: NDArray[np.bool_]
+
+
+class _Block(NamedTuple):
+    """Members trained together: the gradient by the number of rows of a mini-batch, and the update that follows."""
+
+    members: slice
+    backpropagate: dict[int, Backpropagation]
+    update: Update
 
 
 class Trainer:
@@ -79,31 +87,53 @@ class Trainer:
         self._prepare_parameters(members)
 
     def _prepare_data(self, members: Sequence[ExperimentSpec]) -> None:
-        stack = self._arrays.stack
-        parts = zip(*(make_dataset(member, self._arrays.dtype) for member in members), strict=True)
-        self._x, self._y, self._x_validation, self._y_validation = (stack(part) for part in parts)
-        self._x_shuffled, self._y_shuffled = (self.xp.empty_like(part) for part in (self._x, self._y))
+        self._inputs = self.spec.data.n_features + self.spec.network.bias
+        data = [make_dataset(member, self._arrays.dtype) for member in members]
+        self._training = self._rows((one.x_train, one.y_train) for one in data)
+        self._validation = self._rows((one.x_validation, one.y_validation) for one in data)
+        self._shuffled_rows = self.xp.empty_like(self._training)
         self._shuffled = 0  # The epoch in whose order they are.
+
+    def _rows(self, parts: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Tensor:
+        """Each member's samples as rows (M, n, …) of its inputs, a one where there are biases, and its targets."""
+        bias = int(self.spec.network.bias)
+        return self._arrays.stack([np.hstack((x, np.ones((len(x), bias), x.dtype), y)) for x, y in parts])
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[..., : self._inputs], rows[..., self._inputs :]
 
     def _prepare_parameters(self, members: Sequence[ExperimentSpec]) -> None:
         spec, arrays = self.spec, self._arrays
         self.parameters = arrays.stack([initial_parameters(member) for member in members])
-        gradient = self.xp.zeros_like(self.parameters)
-        self.network, slopes = Network.of(self.parameters, spec), Network.of(gradient, spec)
-        activation = spec.network.activation
-        last = spec.n_training - (spec.steps_per_epoch - 1) * spec.training.batch_size
-        sizes = {min(spec.training.batch_size, spec.n_training), last}
+        self.network = network = Network.of(self.parameters, spec)
+        self._state = {name: self.xp.zeros_like(self.parameters) for name in state_names(members)}
         at_once = max(1, BLOCK // spec.parameters) if self.xp is np else len(members)
-        blocks = [slice(start, start + at_once) for start in range(0, len(members), at_once)]
-        self._blocks = [
-            (rows, {n: Backpropagation(self.network[rows], slopes[rows], activation, n, arrays) for n in sizes})
-            for rows in blocks
-        ]
-        self._optimizer = make_optimizer(members, self.parameters, gradient, arrays)
-        self._train_score = score_of(self.network, activation, self._x, self._y, arrays, blocks)
-        self._validation_score = score_of(
-            self.network, activation, self._x_validation, self._y_validation, arrays, blocks
-        )
+        parts = [slice(start, start + at_once) for start in range(0, len(members), at_once)]
+
+        @functools.cache
+        def forward_of(n_members: int, n_rows: int) -> Forward:
+            return Forward(network[:n_members], spec.network.activation, n_rows, arrays)
+
+        spare = [self.xp.empty_like(self.parameters[:at_once]) for _ in range(2)]
+        self._blocks = [self._block(members[part], part, forward_of, spare) for part in parts]
+        self._train_score = score_of(network, forward_of, *self._split(self._training), arrays)
+        self._validation_score = score_of(network, forward_of, *self._split(self._validation), arrays)
+
+    def _block(
+        self, members: Sequence[ExperimentSpec], place: slice, forward_of: ForwardOf, spare: Sequence[Tensor]
+    ) -> _Block:
+        """Members at a place of the batch; what is spare is anybody's between two steps."""
+        spec, n, network = self.spec, len(members), self.network[place]
+        gradient, scratch = (vector[:n] for vector in spare)
+        slopes, scales = Network.of(gradient, spec), [gradient_scale(member.training) for member in members]
+        last = spec.n_training - (spec.steps_per_epoch - 1) * spec.training.batch_size
+        backpropagate = {
+            rows: Backpropagation(network, slopes, forward_of(n, rows), scales, self._arrays)
+            for rows in {min(spec.training.batch_size, spec.n_training), last}
+        }
+        state = {name: vector[place] for name, vector in self._state.items()}
+        vectors = Vectors(self.parameters[place], gradient, scratch, state)
+        return _Block(place, backpropagate, make_update(members, vectors, self._arrays))
 
     def copy_weights(self) -> list[Tensor]:
         """The weights (M, out, in) as they are now, in memory of their own."""
@@ -133,7 +163,7 @@ class Trainer:
         self.step, self.diverged = int(saved["step"][0]), saved["diverged"]
 
     def _live(self) -> dict[str, Tensor]:
-        return {"parameters": self.parameters, **self._optimizer.state}
+        return {"layers": self.parameters, **self._state}
 
     def train(self, pause: Callable[[], None] = lambda: None) -> Iterator[Snapshot]:
         """Train on, and yield at every recorded epoch and when a member diverges; it ends early once all have.
@@ -169,24 +199,21 @@ class Trainer:
             self._shuffle(epoch + 1)
         at_once = max(1, min(CHUNK_STEPS, CHUNK_WORK // (math.prod(self.parameters.shape) * size)))
         steps = range(first, min(first + at_once, length))
-        for members, backpropagate in self._blocks:
-            x, y = self._x_shuffled[members], self._y_shuffled[members]
+        for members, backpropagate, update in self._blocks:
+            x, y = self._split(self._shuffled_rows[members])
             for step in steps:
                 rows = slice(step * size, (step + 1) * size)
                 x_batch = x[:, rows]
                 backpropagate[x_batch.shape[1]](x_batch, y[:, rows])
-                self._optimizer.update(self.step + step - first + 1, members)
+                update(self.step + step - first + 1)
         self.step += len(steps)
 
     def _shuffle(self, epoch: int) -> None:
-        n_members, n_samples, n_features = self._x.shape
+        n_members, n_samples, n_columns = self._training.shape
         order = shuffled_order(self.xp, self._seeds, epoch, n_samples)
-        members = self.xp.arange(n_members, device=self.device)[:, None]
-        n_rows = max(1, GATHER // (n_members * n_features))
-        for start in range(0, n_samples, n_rows):
-            rows = slice(start, start + n_rows)
-            self._x_shuffled[:, rows] = self._x[members, order[:, rows]]
-            self._y_shuffled[:, rows] = self._y[members, order[:, rows]]
+        order += n_samples * self.xp.arange(n_members, device=self.device)[:, None]
+        rows, shuffled = (samples.reshape(-1, n_columns) for samples in (self._training, self._shuffled_rows))
+        self._arrays.take(rows, order.ravel(), out=shuffled)
         self._shuffled = epoch
 
     @np.errstate(all="ignore")
@@ -205,11 +232,11 @@ def shuffled_order(xp: Any, seeds: Tensor, epoch: int, n: int) -> Tensor:
 
     Sample i is sorted by a hash of (seed, epoch, i), computed where the data are: the same on numpy, torch and every
     device, and no generator has to be stored in order to go on from an epoch. The hash is splitmix64 (Steele, Lea and
-    Flood, 2014), started from seed and epoch, one step of γ an index.
+    Flood, 2014), started from seed and epoch, one step of γ an index: a bijection, so that no two are equal.
     """
     start = _mix(_mix(seeds) ^ epoch)
     indices = xp.arange(n, device=seeds.device)
-    return xp.argsort(_mix(start + indices * GAMMA), stable=True)
+    return xp.argsort(_mix(start + indices * GAMMA))
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from service.schemas import ExperimentSpec, resolve
 from worker.datasets import make_dataset
-from worker.networks import initial_parameters
+from worker.networks import Network, initial_parameters, named_parameters
 from worker.trainer import shuffled_order
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
@@ -29,13 +29,20 @@ def spec_of(**body: Any) -> ExperimentSpec:
     return resolve(merged)
 
 
+def in_torchs_order(spec: ExperimentSpec, parameters: NDArray[Any]) -> NDArray[Any]:
+    """Members' parameters (M, P) as torch would put them one after the other: W1, b1, W2, b2, …"""
+    network = Network.of(parameters, spec)
+    named = [named_parameters(network, member) for member in range(len(parameters))]
+    return np.stack([np.concatenate([values.ravel() for values in one.values()]) for one in named])
+
+
 def network_of(spec: ExperimentSpec, flat: NDArray[Any]) -> nn.Sequential:
-    """The torch network with parameters in torch's own order."""
+    """The torch network with a member's parameters (P,)."""
     modules: list[nn.Module] = []
     for n_inputs, n_outputs in pairwise(spec.widths):
         modules += [nn.Linear(n_inputs, n_outputs, bias=spec.network.bias), ACTIVATIONS[spec.network.activation]()]
     network = nn.Sequential(*modules[:-1]).to(torch.from_numpy(flat).dtype)
-    nn.utils.vector_to_parameters(torch.from_numpy(flat.copy()), network.parameters())
+    nn.utils.vector_to_parameters(torch.from_numpy(in_torchs_order(spec, flat[None])[0]), network.parameters())
     return network
 
 
@@ -50,7 +57,7 @@ def optimizer_of(spec: ExperimentSpec, network: nn.Module) -> torch.optim.Optimi
 
 
 def train(spec: ExperimentSpec, dtype: str) -> NDArray[Any]:
-    """All parameters at the end as one vector."""
+    """All parameters at the end as one vector in torch's order."""
     data = make_dataset(spec, dtype)
     x, y = torch.from_numpy(data.x_train.copy()), torch.from_numpy(data.y_train.copy())
     with torch.random.fork_rng(devices=[]):

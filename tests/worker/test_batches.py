@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from service import sweeps
 from service.schemas import ExperimentSpec, resolve
 from service.sweeps import batches, expand, member_bytes, shared
+from tests.worker.reference import in_torchs_order
 from worker.trainer import Trainer, check_alike
 
 BASE: dict[str, Any] = {
@@ -41,7 +42,7 @@ def trained(specs: list[ExperimentSpec]) -> NDArray[Any]:
     trainer = Trainer(specs, dtype="float64")
     for _ in trainer.train():
         pass
-    return np.array(trainer.parameters)
+    return in_torchs_order(specs[0], trainer.parameters)
 
 
 def sweep(specs: list[ExperimentSpec]) -> list[NDArray[Any]]:

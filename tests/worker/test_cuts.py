@@ -25,7 +25,7 @@ HIDDEN = {1: [7], 2: [7, 5], 4: [5, 9, 4, 6]}
 def example(activation: str = "tanh", hidden: int = 2, bias: bool = True) -> tuple[Network, NDArray[Any], NDArray[Any]]:
     """A network with weights twice PyTorch's, inputs, and targets that follow its answers loosely."""
     spec = spec_of(network={"hidden": HIDDEN[hidden], "activation": activation, "bias": bias, "init_scale": 2.0})
-    network = Network.of(initial_parameters(spec)[None], spec).member(0)
+    network = Network.of(initial_parameters(spec)[None], spec)[0]
     rng = np.random.default_rng(hidden)
     x = rng.standard_normal((37, 6)).astype(np.float32)
     y = answer(network, activation, x) + 0.1 * rng.standard_normal((37, 3))
@@ -41,7 +41,7 @@ def answer(network: Network, activation: str, x: NDArray[Any], cut: int = -1, ra
             u, s, vt = np.linalg.svd(w, full_matrices=False)
             w = (u[:, :rank] * s[:rank]) @ vt[:rank]
         h = h @ w.T
-        if network.biases is not None:
+        if network.bias:
             h = h + network.biases[i]
         if i < len(network.weights) - 1:
             h = ACTIVATE[activation](h)
@@ -68,7 +68,7 @@ def test_cut_curves_are_those_of_truncated_networks(activation: str, hidden: int
 @pytest.mark.parametrize("activation", ACTIVATE)
 def test_torch_tensors_give_the_same_curves(activation: str) -> None:
     network, x, y = example(activation)
-    twin = Network([torch.from_numpy(w) for w in network.weights], [torch.from_numpy(b) for b in network.biases or []])
+    twin = Network([torch.from_numpy(layer) for layer in network.layers], network.bias)
     ours, theirs = cut_curves(network, activation, x, y), cut_curves(twin, activation, torch.tensor(x), torch.tensor(y))
     for name, (losses, r2) in ours.items():
         np.testing.assert_allclose(theirs[name][0], losses, rtol=1e-10)

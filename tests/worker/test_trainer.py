@@ -35,7 +35,7 @@ def trained(members: Sequence[ExperimentSpec], dtype: str = "float64", xp: Any =
     trainer = Trainer(members, dtype=dtype, xp=xp)
     for _ in trainer.train():
         pass
-    return as_numpy(trainer.parameters).copy()
+    return reference.in_torchs_order(members[0], as_numpy(trainer.parameters))
 
 
 def snapshots(*members: ExperimentSpec, **options: Any) -> list[Snapshot]:
@@ -98,7 +98,7 @@ def test_numpy_and_torch_agree(optimizer: str, activation: str) -> None:
         for name in ("train_loss", "validation_loss", "train_r2", "validation_r2"):
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-10, atol=1e-10)
             assert isinstance(getattr(theirs, name), np.ndarray)
-    np.testing.assert_allclose(trained(members), on_torch.parameters.numpy(), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(trained(members), trained(members, xp=torch), rtol=1e-10, atol=1e-10)
 
 
 def three_members(optimizer: str) -> list[ExperimentSpec]:
@@ -225,16 +225,18 @@ def test_every_sample_is_as_often_at_every_place(over: str) -> None:
     assert ((follows - expected)[pairs] ** 2).sum() / expected == pytest.approx(361, abs=6 * 27)
 
 
-def test_shuffled_inputs_keep_their_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.trainer.GATHER", 60)  # several moves, so that their seams are tested
+@pytest.mark.parametrize("xp", [np, torch])
+def test_shuffled_inputs_keep_their_targets(xp: Any) -> None:
     members = three_members("sgd")
-    trainer = Trainer(members, dtype="float64")
+    trainer = Trainer(members, dtype="float64", xp=xp)
     trainer._shuffle(1)
+    inputs, targets = (as_numpy(part) for part in trainer._split(trainer._shuffled_rows))
+    np.testing.assert_array_equal(inputs[..., -1], 1)
     for i, member in enumerate(members):
         data = make_dataset(member, "float64")
         order = shuffled_order(np, np.array([[member.seed]]), 1, 33)[0]
-        np.testing.assert_array_equal(trainer._x_shuffled[i], data.x_train[order])
-        np.testing.assert_array_equal(trainer._y_shuffled[i], data.y_train[order])
+        np.testing.assert_array_equal(inputs[i, :, :-1], data.x_train[order])
+        np.testing.assert_array_equal(targets[i], data.y_train[order])
 
 
 # What is recorded
@@ -252,7 +254,7 @@ def test_losses_and_r2_are_scikit_learns(xp: Any, monkeypatch: pytest.MonkeyPatc
     trainer = Trainer(members, dtype="float64", xp=xp)
     for snapshot in trainer.train():
         for i, member in enumerate(members):
-            data, network = make_dataset(member, "float64"), trainer.network.member(i)
+            data, network = make_dataset(member, "float64"), trainer.network[i]
             for part, x, y in (
                 ("train", data.x_train, data.y_train),
                 ("validation", data.x_validation, data.y_validation),
