@@ -27,40 +27,35 @@ import torch
 from benchmarks import textbook
 from benchmarks.measure import cpu_seconds, finish, ready_server, require_one_thread, tree_cpu_s
 from benchmarks.sweep import body_of
-from service.schemas import resolve
+from service.schemas import ExperimentSpec, resolve
 from service.sweeps import expand
 from worker import experiment
 from worker.trainer import Trainer
 
 Times = dict[str, float]
-LOOP, LOOP_SHORT, LOOP_WIDE, YARDSTICK = "textbook loop", "textbook, 15 epochs", "textbook, 1024 wide", "yardstick"
+LOOP, LOOP_WIDE, YARDSTICK = "textbook loop", "textbook, 1024 wide", "yardstick"
 WIDE: dict[str, Any] = {"network": {"hidden": [1024, 1024]}, "training": {"epochs": 6, "batch_size": 256}}
 ROWS = {  # What is measured → the loop that it is measured against, and how many times less it shall cost.
     "the memo's run": (LOOP, 8.0),
     "the memo's run over HTTP": (LOOP, 2.0),
-    "a member of 64": (LOOP_SHORT, 15.0),
-    "a member of 256": (LOOP_SHORT, 15.0),
+    "a member of 64": (LOOP, 15.0),
+    "a member of 256": (LOOP, 15.0),
     "1024 wide, batches of 256": (LOOP_WIDE, 1.0),
 }
 FLAT = 0.25
 WIDTHS = {64: 20, 256: 4, 1024: 1}  # width → epochs measured
 
 
-def run(*bodies: dict[str, Any]) -> None:
+def run(specs: list[ExperimentSpec]) -> None:
     """The trainer alone: no spectra, nothing stored."""
-    for _ in Trainer([resolve(body) for body in bodies]).train():
+    for _ in Trainer(specs).train():
         pass
 
 
 def sweep(members: int, repeat: int) -> float:
     """CPU seconds of one member."""
-    body = {**body_of(members, 1000 * repeat), "base": {"training": {"epochs": 15}}}
-
-    def train() -> None:
-        for _ in Trainer([member.spec for member in expand(body)]).train():
-            pass
-
-    return cpu_seconds(train)[0] / members
+    specs = [member.spec for member in expand(body_of(members, 1000 * repeat))]
+    return cpu_seconds(run, specs)[0] / members
 
 
 def over_http(client: httpx.Client, pid: int, repeat: int) -> float:
@@ -88,13 +83,12 @@ def measure(client: httpx.Client, pid: int, repeat: int, other: Callable[[int, i
     wide_epochs = WIDE["training"]["epochs"]
     times = {
         LOOP: cpu_seconds(textbook.train, 60, 64, repeat)[0],
-        "the memo's run": cpu_seconds(run, {"seed": repeat})[0],
+        "the memo's run": cpu_seconds(run, [resolve({"seed": repeat})])[0],
         "the memo's run over HTTP": over_http(client, pid, repeat),
-        LOOP_SHORT: cpu_seconds(textbook.train, 15, 64, repeat)[0],
         "a member of 64": sweep(64, repeat),
         "a member of 256": sweep(256, repeat),
         LOOP_WIDE: cpu_seconds(lambda: textbook.train(wide_epochs, 1024, repeat, 256, measure=False))[0],
-        "1024 wide, batches of 256": cpu_seconds(run, {**WIDE, "seed": repeat})[0],
+        "1024 wide, batches of 256": cpu_seconds(run, [resolve({**WIDE, "seed": repeat})])[0],
     }
     if other is not None:
         times[YARDSTICK] = cpu_seconds(other, 64, 60, repeat)[0]
