@@ -21,7 +21,7 @@ def url_of(database: str, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("database", DATABASES)
 def test_f1_f2_f10_f11_every_job_ends_once_as_if_nothing_had_been(
     tmp_path: Path, database: str, short_reference: Results, request: pytest.FixtureRequest
 ) -> None:

@@ -227,12 +227,12 @@ def check_nothing_is_lost(before: list[Event], after: list[Event], server: Serve
     assert stop_server(server) == 0
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_stream_is_resumed_from_the_database_after_a_crash(tmp_path: Path) -> None:
     check_nothing_is_lost(*restart_in_the_middle(tmp_path))
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_stream_is_resumed_from_postgresql_too(tmp_path: Path, postgres: Postgres) -> None:
     check_nothing_is_lost(*restart_in_the_middle(tmp_path, RANKSCOPE_DATABASE_URL=postgres.new_database()))
 

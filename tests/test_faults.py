@@ -18,10 +18,10 @@ from service.settings import Settings, environment
 from tests.conftest import Server, start_server, stop_server, wait_for
 from worker.job import problem_of
 
-pytestmark = pytest.mark.soak  # A minute each on a busy machine.
+pytestmark = pytest.mark.slow
 FAST = {"RANKSCOPE_HEARTBEAT_S": "0.1", "RANKSCOPE_LEASE_S": "1", "RANKSCOPE_CHECKPOINT_S": "0.1"}
 SMALL = {"network": {"hidden": [8]}, "data": {"n_samples": 128, "n_features": 8, "n_informative": 4, "n_targets": 2}}
-LONG = {**SMALL, "training": {"epochs": 100_000}, "record": {"every": 1000}}
+LONG = {"training": {"epochs": 100_000}, "record": {"every": 1000}}  # Hours: it is canceled.
 HUGE = {"network": {"hidden": [3000, 3000]}, "training": {"epochs": 1}, "data": {"n_samples": 64}}
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 

@@ -201,7 +201,7 @@ def test_ctrl_c_ends_a_demo_that_a_script_has_put_in_the_background(tmp_path: Pa
     wait_for(lambda: not serving.is_running(), "the server to end")
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path) -> None:
     command = demo_in(tmp_path)
     for wanted in (1, 3, 5):  # at moments ever later: as soon as there are so many processes
