@@ -48,13 +48,19 @@ def head(path: str, *lines: str) -> bytes:
     return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
-def is_timeout(said: bytes) -> bool:
+def problem_type(said: bytes, status: int) -> str:
+    """The type of the problem that is the last word on a connection."""
     first, _, body = said.partition(b"\r\n\r\n")
-    assert first.startswith(b"HTTP/1.1 408 "), said
+    assert first.startswith(b"HTTP/1.1 %d " % status), said
     for line in (b"connection: close", b"content-type: application/problem+json", b"x-content-type-options: nosniff"):
         assert line in first.lower()
     problem = json.loads(body)
-    return bool(problem["type"] == "/problems/request-timeout" and problem["request_id"] != "-")
+    assert (problem["status"], len(problem["request_id"])) == (status, 36)
+    return str(problem["type"])
+
+
+def is_timeout(said: bytes) -> bool:
+    return problem_type(said, 408) == "/problems/request-timeout"
 
 
 def nameless_uploads(server: Server) -> list[str]:
@@ -193,7 +199,7 @@ def test_row_21_a_length_over_the_limit_is_refused_unread(impatient: Server, pat
 def test_what_is_no_request_is_refused(impatient: Server, request_bytes: bytes) -> None:
     with connect(impatient) as connection:
         connection.sendall(request_bytes)
-        assert rest(connection).split(b" ")[1] in {b"400", b"414"}
+        assert problem_type(rest(connection), 400) == "/problems/malformed-request"
     assert impatient.client.get("/healthz").is_success
 
 
@@ -213,6 +219,15 @@ def test_row_31_a_path_is_taken_as_it_is_sent(impatient: Server, path: str) -> N
         answer = rest(connection)
     assert answer.startswith(b"HTTP/1.1 404")
     assert b"/problems/not-found" in answer
+
+
+@pytest.mark.parametrize("control", [b"\0", b"\x01", b"\x1f", b"\x7f"])
+def test_row_41_control_bytes_in_a_key_are_refused(impatient: Server, control: bytes) -> None:
+    with connect(impatient) as connection:
+        connection.sendall(
+            b"POST /experiments HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: a" + control + b"b\r\n\r\n"
+        )
+        assert problem_type(rest(connection), 400) == "/problems/idempotency-key-invalid"
 
 
 def test_row_26_a_tls_client_is_refused(impatient: Server) -> None:

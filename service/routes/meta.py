@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from sqlalchemy import text
 
 from service import files
-from service.context import JSON_ONLY, Here
+from service.context import JSON_ONLY, Here, only
 from service.errors import DatabaseUnavailable, NotAcceptable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
 from service.openapi import raises
@@ -68,7 +68,7 @@ def discovery(request: Request) -> Response:
     return HTMLResponse(page, headers=headers)
 
 
-@router.get("/openapi.json", include_in_schema=False)
+@router.get("/openapi.json", include_in_schema=False, dependencies=JSON_ONLY)
 def openapi(request: Request) -> Response:
     """The OpenAPI document."""
     return Response(to_json(request.app.state.openapi()), media_type="application/json")
@@ -130,14 +130,14 @@ def _bounds(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return bounds
 
 
-@router.get("/healthz")
+@router.get("/healthz", dependencies=JSON_ONLY)
 async def healthz() -> dict[str, str]:
     """The process answers."""
     # Not in a thread of the pool, which other requests may have filled.
     return {"status": "ok"}
 
 
-@router.get("/readyz", openapi_extra=raises(StorageFull, DatabaseUnavailable))
+@router.get("/readyz", dependencies=JSON_ONLY, openapi_extra=raises(StorageFull, DatabaseUnavailable))
 def readyz(here: Here, request: Request) -> Response:
     """The database answers and the disk has room: new work can be taken."""
     try:
@@ -154,6 +154,7 @@ def readyz(here: Here, request: Request) -> Response:
 
 @router.get(
     "/metrics",
+    dependencies=only("text/plain", "application/openmetrics-text"),
     response_class=PlainTextResponse,
     responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
     openapi_extra=raises(NotFound),
@@ -174,13 +175,13 @@ def problem_type(slug: str) -> dict[str, Any]:
     return {"type": f"/problems/{slug}", **problem._asdict()}
 
 
-@router.get("/docs", include_in_schema=False)
+@router.get("/docs", include_in_schema=False, dependencies=only("text/html"))
 def docs() -> HTMLResponse:
     """Swagger UI; its files are served by us, so that it works without a network."""
     return HTMLResponse(DOCS_PAGE)
 
 
-@router.get("/docs/{name}", include_in_schema=False)
+@router.get("/docs/{name}", include_in_schema=False, dependencies=only("text/javascript", "text/css"))
 def docs_file(name: str) -> Response:
     """One file of Swagger UI."""
     if name == "start.js":
