@@ -40,6 +40,7 @@ LINKS = {
     "health": "/healthz",
     "ready": "/readyz",
 }
+METRICS = {media_type: media_type for media_type in ("text/plain", "application/openmetrics-text")}
 DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 DOCS_START = """window.onload = () => SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null
@@ -154,17 +155,17 @@ def readyz(here: Here, request: Request) -> Response:
 
 @router.get(
     "/metrics",
-    dependencies=only("text/plain", "application/openmetrics-text"),
     response_class=PlainTextResponse,
     responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
-    openapi_extra=raises(NotFound),
+    openapi_extra=raises(NotFound, NotAcceptable),
 )
 def metrics(here: Here, request: Request) -> Response:
     """What Prometheus scrapes: requests, jobs, queue depth, sizes. A setting turns it off."""
     if here.settings.metrics == "off":
         raise NotFound("RANKSCOPE_METRICS is off")
-    encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(request.app.state.registry), headers={"content-type": media_type})
+    # Not the header itself: a version that is no number is an error there.
+    encode, media_type = choose_encoder(choose_format(None, request.headers.get("accept"), METRICS))
+    return Response(encode(request.app.state.registry), headers={"content-type": media_type, "vary": "Accept"})
 
 
 @router.get("/problems/{slug}", dependencies=JSON_ONLY)
