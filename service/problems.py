@@ -153,7 +153,7 @@ POSTGRES_DISK_FULL = "53100"
 RETRY_AFTER_S = {
     "idempotency-in-progress": 1,
     "queue-full": 10,
-    "too-many-streams": 10,
+    "too-many-streams": 1,
     "database-unavailable": 5,
     "draining": 5,
 }
