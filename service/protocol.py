@@ -3,7 +3,8 @@
 A request's head must be whole `header_s` after its first byte (or after the connection), and its body must never be
 silent for `body_s`. Who passes a deadline is answered 408 where an answer can still be given, and is closed. A body
 that nobody wants any more, because the answer has gone out, may follow for `header_s`. A client that takes nothing of
-what is there for it for `answer_s` is cut off. What is no HTTP is answered with a problem document too.
+what is there for it for `answer_s` is cut off. What is no HTTP is answered with a problem document too, and so is a
+head, a trailer or a chunk's extension that does not end: the parser would keep all of it in memory.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from service.problems import problem_response
 from service.settings import Settings
 
 BAD_KEY = re.compile(rb"^idempotency-key:[^\r\n]*[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", re.IGNORECASE | re.MULTILINE)
+MOST_BETWEEN = 64 << 10  # Bytes that are no body.
 LAST_CALL_S = 1.0  # Less than the server gives all that goes on when it stops.
 
 
@@ -31,6 +33,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     _reader: asyncio.TimerHandle | None = None
     _in_head = False
     _came = b""
+    _between = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
@@ -64,8 +67,18 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
-        self._in_head = True
+        self._in_head, self._between = True, 0
         super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body has come."""
+        self._between = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._between = 0
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         """The head is whole; what has been waited for has come."""
@@ -76,8 +89,11 @@ class ImpatientProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what came, and see what is still to come."""
         self._came = data
+        self._between += len(data)
         super().data_received(data)
         self._came = b""
+        if self._between > MOST_BETWEEN and not self.transport.is_closing():
+            self.send_400_response(f"more than {MOST_BETWEEN} bytes came that are no body")
         if self.transport.is_closing():
             self._stop()
         elif self.cycle is None or self.cycle.response_complete:

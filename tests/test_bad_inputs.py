@@ -155,7 +155,16 @@ def test_an_id_that_is_not_ours_is_not_found(server: Server, kind: str, name: st
 
 @pytest.mark.parametrize(
     "path",
-    ["/%2e%2e/%2e%2e/etc/passwd", "/a%00b", "/nothing", "/problems/none", "/docs/none.js", "/docs/..%2f..%2fapp.py"],
+    [
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/a%00b",
+        "/nothing",
+        "/experiments/",
+        "/docs/",
+        "/problems/none",
+        "/docs/none.js",
+        "/docs/..%2f..%2fapp.py",
+    ],
     ids=lambda path: f"row 31: {path}",
 )
 def test_what_is_not_there_is_not_found(server: Server, path: str) -> None:

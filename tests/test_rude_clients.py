@@ -165,6 +165,25 @@ def test_row_22_an_endless_chunked_body_is_refused_and_closed(impatient: Server)
     assert b"/problems/body-too-large" in answer
 
 
+@pytest.mark.parametrize(
+    ("start", "endless"),
+    [
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"y", id="a header"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"X: y\r\n", id="many headers"),
+        pytest.param(head("/analyze", "Transfer-Encoding: chunked") + b"1;x=", b"y", id="an extension of a chunk"),
+        pytest.param(head("/analyze", "Transfer-Encoding: chunked") + b"1\r\ny\r\n0\r\n", b"X: y\r\n", id="trailers"),
+        pytest.param(head("/analyze", "Transfer-Encoding: chunked") + b"1\r\ny\r\n0\r\nX: ", b"y", id="a trailer"),
+    ],
+)
+def test_what_does_not_end_between_bodies_is_refused(impatient: Server, start: bytes, endless: bytes) -> None:
+    with connect(impatient) as connection:
+        with contextlib.suppress(ConnectionError):  # It is closed before all is sent.
+            connection.sendall(start + endless * (4_000_000 // len(endless)))
+        said = rest(connection)
+    assert said == b"" or problem_type(said, 400) == "/problems/malformed-request"  # A reset may overtake the answer.
+    assert impatient.client.get("/healthz").is_success
+
+
 @pytest.mark.parametrize(("path", "length"), [("/experiments", 65537), ("/analyze", 3 << 30)])
 def test_row_21_a_length_over_the_limit_is_refused_unread(impatient: Server, path: str, length: int) -> None:
     with connect(impatient) as connection:
@@ -203,7 +222,11 @@ def test_what_is_no_request_is_refused(impatient: Server, request_bytes: bytes) 
     assert impatient.client.get("/healthz").is_success
 
 
-@pytest.mark.parametrize("host", [b"", b"Host:\r\n", b"Host: evil.example\r\n"], ids=["none", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "host",
+    [b"", b"Host:\r\n", b"Host: evil.example\r\n", b"Host: localhost\r\nHost: evil.example\r\n"],
+    ids=["none", "empty", "foreign", "two"],
+)
 def test_row_30_a_host_that_is_not_ours_is_refused(impatient: Server, host: bytes) -> None:
     with connect(impatient) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n")
