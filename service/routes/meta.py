@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from sqlalchemy import text
 
 from service import files
-from service.context import JSON_ONLY, Here, only
+from service.context import JSON_ONLY, Context, Here, only
 from service.errors import DatabaseUnavailable, NotAcceptable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
 from service.openapi import raises
@@ -52,14 +52,15 @@ DOCS_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title
 
 
 @router.get("/", responses={200: {"content": {"text/html": {}}}}, openapi_extra=raises(NotAcceptable))
-def discovery(request: Request) -> Response:
+def discovery(here: Here, request: Request) -> Response:
     """Where everything is; a page for browsers."""
     wanted = choose_format(None, request.headers.get("accept"), {"json": "application/json", "html": "text/html"})
     headers = {"vary": "Accept"}
+    links = {name: path for name, path in LINKS.items() if name != "documentation" or here.settings.docs == "on"}
     if wanted == "json":
-        document = {"name": "rankscope", "version": request.app.version, "links": LINKS}
+        document = {"name": "rankscope", "version": request.app.version, "links": links}
         return Response(to_json(document), headers=headers, media_type="application/json")
-    rows = "".join(f'<li><a href="{path}">{html.escape(name)}</a></li>' for name, path in LINKS.items())
+    rows = "".join(f'<li><a href="{path}">{html.escape(name)}</a></li>' for name, path in links.items())
     title = f"rankscope {html.escape(request.app.version)}"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -177,17 +178,24 @@ def problem_type(slug: str) -> dict[str, Any]:
 
 
 @router.get("/docs", include_in_schema=False, dependencies=only("text/html"))
-def docs() -> HTMLResponse:
-    """Swagger UI; its files are served by us, so that it works without a network."""
+def docs(here: Here) -> HTMLResponse:
+    """Swagger UI; its files are served by us, so that it works without a network. A setting turns it off."""
+    _check_docs(here)
     return HTMLResponse(DOCS_PAGE)
 
 
 @router.get("/docs/{name}", include_in_schema=False, dependencies=only("text/javascript", "text/css"))
-def docs_file(name: str) -> Response:
+def docs_file(here: Here, name: str) -> Response:
     """One file of Swagger UI."""
+    _check_docs(here)
     if name == "start.js":
         return Response(DOCS_START, media_type="text/javascript")
     if name not in DOCS_FILES:
         raise NotFound(f"no file {name[:40]!r}")
     path = importlib.resources.files("fastapi_offline") / "static" / name
     return FileResponse(str(path), media_type=DOCS_FILES[name], headers={"cache-control": "max-age=86400"})
+
+
+def _check_docs(here: Context) -> None:
+    if here.settings.docs == "off":
+        raise NotFound("RANKSCOPE_DOCS is off")
