@@ -22,6 +22,7 @@ TITLES = {
     "gif": "Pictures",
     "http": "Answers",
     "load": "Under load",
+    "streams": "Fifty event streams",
     "start": "Start and memory",
     "analyze": "Singular values of a layer",
     "model": "A model of GPT-2 small's shapes over HTTP",

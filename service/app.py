@@ -70,6 +70,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=importlib.metadata.version("rankscope"),
         description="Watch the low-rank bias of neural networks: spectra at every epoch, and what they let you save.",
         openapi_url=None,  # Ours is made when it is first asked for, and not in the event loop.
+        redirect_slashes=False,  # A path with a slash too many is not found, like any other that is none of ours.
         lifespan=_lifespan,
         generate_unique_id_function=openapi.operation_id,
         dependencies=[Depends(declared_query)],

@@ -8,9 +8,9 @@ import orjson
 from rich.table import Table
 from rich.text import Text
 
-from service.client import Client, NotFound
+from service.client import Client, NotFound, TooManyRequests
 from service.client.calls import Json
-from service.console import USAGE, check_end, epochs, follow_progress, follow_training, show, show_json, stop
+from service.console import USAGE, check_end, epochs, follow_progress, follow_training, note, show, show_json, stop
 from service.views import Analysis, Experiment, Job, Sweep
 
 SUFFIXES = ("png", "svg", "gif", "npy", "npz", "csv", "jsonl", "json")
@@ -24,6 +24,8 @@ def submit(client: Client, text: bytes, *, wait: bool, follow: bool, as_json: bo
     spec = _spec(text)
     is_sweep = not spec.keys().isdisjoint({"base", "grid"})  # No field of an experiment is called so.
     job = client.create_sweep(spec) if is_sweep else client.create_experiment(spec)
+    if wait or follow:
+        note(f"{job.object} {job.id}")  # At once: it goes on here, whatever becomes of this command.
     if follow:
         _follow(client, job, as_json=as_json)
     job = client.wait(job) if wait or follow else job
@@ -37,16 +39,26 @@ def submit(client: Client, text: bytes, *, wait: bool, follow: bool, as_json: bo
 
 def _follow(client: Client, job: Experiment | Sweep, *, as_json: bool) -> None:
     """Show every epoch of an experiment, or how far all members of a sweep are together."""
-    if isinstance(job, Experiment) and not as_json:
-        follow_training(client, job)
-    elif isinstance(job, Experiment):
-        for epoch in epochs(client, job):
-            show_json(epoch, indented=False)
-    elif not as_json:
+    if isinstance(job, Experiment):
+        try:
+            _follow_epochs(client, job, as_json=as_json)
+        except TooManyRequests as error:
+            note(f"{error}; this shows how far it is, without its epochs")
+        else:
+            return
+    if not as_json:
         follow_progress(client, job, "training")
     else:
         for progress, _ in itertools.groupby(state.progress for state in client.watch(job)):
             show_json(progress, indented=False)
+
+
+def _follow_epochs(client: Client, job: Experiment, *, as_json: bool) -> None:
+    if not as_json:
+        follow_training(client, job)
+        return
+    for epoch in epochs(client, job):
+        show_json(epoch, indented=False)
 
 
 def _spec(text: bytes) -> Json:

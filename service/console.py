@@ -21,9 +21,14 @@ FAILED, USAGE, NO_SERVER, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 PIPE_WIDTH = 160
 
 
+def note(message: str) -> None:
+    """Tell whoever sits at the terminal; standard output stays for what was asked for."""
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 def stop(code: int, message: str) -> typer.Exit:
     """The end of the command, to be raised: its exit code, and why."""
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    note(message)
     return typer.Exit(code)
 
 

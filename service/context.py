@@ -7,7 +7,7 @@ from fastapi import Depends, Request
 
 from service.access import PUBLIC
 from service.drawing import Drawing
-from service.http import json_body, json_only
+from service.http import Only, json_body
 from service.settings import Settings
 from service.store import Database
 from service.streams import Streams
@@ -33,4 +33,11 @@ async def _context(request: Request) -> Context:
 
 Here = Annotated[Context, Depends(_context)]
 Body = Annotated[dict[str, Any], Depends(json_body)]
-JSON_ONLY = [Depends(json_only)]  # for routes that answer with nothing else
+
+
+def only(*media_types: str) -> list[Any]:
+    """For `dependencies` of a route that answers with these media types and nothing else."""
+    return [Depends(Only(*media_types))]
+
+
+JSON_ONLY = only("application/json")

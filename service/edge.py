@@ -56,8 +56,9 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
         """Whose request it is. Raises HostNotAllowed, Unauthorized, RateLimited."""
-        if not self._serves(headers.get("host")):
-            raise HostNotAllowed(f"host {headers.get('host', '')[:100]!r} is not one of ours")
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._serves(hosts[0]):
+            raise HostNotAllowed(f"host {', '.join(hosts)[:100]!r} is not one of ours")
         if is_open(scope["path"]) or (self.open_metrics and scope["path"] == "/metrics"):
             return PUBLIC
         address = scope["client"][0] if scope["client"] else ""
@@ -69,6 +70,6 @@ class Edge:
         self.limit.count(owner if self.keys else address)
         return owner
 
-    def _serves(self, host: str | None) -> bool:
-        name = re.sub(r":\d+$", "", host or "").lower()
+    def _serves(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host).lower()
         return bool(name) and ("*" in self.hosts or name in self.hosts)

@@ -3,6 +3,7 @@
 RankscopeError
 ├── BadRequestValue          a field or parameter holds a value we do not take
 ├── BudgetExceeded           each field is in bounds, all together ask too much
+├── MalformedRequest         the bytes are not HTTP
 ├── MalformedJson            the bytes are not strict JSON
 ├── BodyTooLarge
 ├── UnsupportedMediaType
@@ -75,6 +76,10 @@ class BudgetExceeded(RankscopeError):
     def __init__(self, what: str, figure: int, limit: int, advice: str) -> None:
         detail = f"{what} would be {figure:.3g}, the limit is {limit:.3g}; {advice}"
         super().__init__(detail, what=what, figure=figure, limit=limit)
+
+
+class MalformedRequest(RankscopeError):
+    """The bytes are not HTTP/1.1."""
 
 
 class MalformedJson(RankscopeError):

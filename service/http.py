@@ -31,9 +31,15 @@ VERSION = importlib.metadata.version("rankscope")
 BYTE_RANGE = r"(?:\d{1,18}-\d{0,18}|-\d{1,18})\s*"
 
 
-async def json_only(request: Request) -> None:
-    """Refuse a client that does not take JSON. A dependency of routes that answer with nothing else."""
-    choose_format(None, request.headers.get("accept"), {"json": "application/json"})
+class Only:
+    """Refuse a client that takes none of these media types. A dependency of routes that answer with nothing else."""
+
+    def __init__(self, *media_types: str) -> None:
+        self._media_types = {media_type: media_type for media_type in media_types}
+
+    async def __call__(self, request: Request) -> None:
+        """Raises NotAcceptable."""
+        choose_format(None, request.headers.get("accept"), self._media_types)
 
 
 async def declared_query(request: Request) -> None:

@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from service import files, store
 from service.context import Context
-from service.errors import BadRequestValue, StorageFull
+from service.errors import BadRequestValue, PreconditionFailed, StorageFull
 from service.http import etag, matches, settled
 from service.idempotency import Once
 from service.representations import to_json
@@ -68,10 +68,19 @@ def cancel_answer(row: JobRow, body: dict[str, Any], once: Once) -> Response:
     return answer(row, body, status=202 if row.status == "canceling" else 200, headers=once.headers)
 
 
-def remove(here: Context, kind: str, job_id: str) -> Response:
-    """Delete a job that does not run, all it recorded and all that was made of it. Raises NotFound, InvalidState."""
+def expect(row: JobRow, if_match: str | None) -> None:
+    """Raise PreconditionFailed where an If-Match header names none but other versions of the job."""
+    if if_match is not None and not matches(if_match, tag(row), weakly=False):
+        raise PreconditionFailed(f"the ETag is {tag(row)} now")
+
+
+def remove(here: Context, kind: str, job_id: str, if_match: str | None = None) -> Response:
+    """Delete a job that does not run, all it recorded and all that was made of it.
+
+    Raises NotFound, InvalidState, PreconditionFailed.
+    """
     with here.database.write.begin() as session:
-        store.get_job(session, kind, here.owner, job_id)
+        expect(store.get_job(session, kind, here.owner, job_id), if_match)
         gone = store.delete_job(session, job_id)
     for member in gone:
         files.remove_job(here.settings.data, member)

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from service import errors
 from service.access import is_open
 from service.errors import RankscopeError
-from service.http import json_only
+from service.http import Only
 from service.problems import BY_SLUG, PROBLEMS, Problem
 
 Document = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
-ALWAYS = (errors.HostNotAllowed, errors.BadRequestValue, errors.RankscopeError)
+ALWAYS = (errors.MalformedRequest, errors.HostNotAllowed, errors.BadRequestValue, errors.RankscopeError)
 GUARDED = (errors.Unauthorized, errors.RateLimited, errors.DatabaseUnavailable)
 BODY = (errors.RequestTimeout, errors.BodyTooLarge, errors.UnsupportedContentEncoding)
 JSON_BODY = (errors.MalformedJson, errors.UnsupportedMediaType)
@@ -122,7 +122,7 @@ def _implied(operation: Document, route: APIRoute) -> list[type[RankscopeError]]
         kinds += GUARDED
     if any(place == "path" for place, _ in parameters):
         kinds.append(errors.NotFound)
-    if any(dependency.dependency is json_only for dependency in route.dependencies):
+    if any(isinstance(dependency.dependency, Only) for dependency in route.dependencies):
         kinds.append(errors.NotAcceptable)
     if ("header", "Idempotency-Key") in parameters:
         kinds += KEYED

@@ -46,6 +46,9 @@ UPLOADS: tuple[tuple[type[errors.UploadError], int, str], ...] = (
 )
 PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
     **{kind: Problem(kind.kind, status, kind.title, advice) for kind, status, advice in UPLOADS},
+    errors.MalformedRequest: Problem(
+        "malformed-request", 400, "The bytes are not HTTP", "Send HTTP/1.1, without control characters in its head."
+    ),
     errors.MalformedJson: Problem(
         "malformed-json",
         400,
@@ -150,7 +153,7 @@ POSTGRES_DISK_FULL = "53100"
 RETRY_AFTER_S = {
     "idempotency-in-progress": 1,
     "queue-full": 10,
-    "too-many-streams": 10,
+    "too-many-streams": 1,
     "database-unavailable": 5,
     "draining": 5,
 }

@@ -3,19 +3,23 @@
 A request's head must be whole `header_s` after its first byte (or after the connection), and its body must never be
 silent for `body_s`. Who passes a deadline is answered 408 where an answer can still be given, and is closed. A body
 that nobody wants any more, because the answer has gone out, may follow for `header_s`. A client that takes nothing of
-what is there for it for `answer_s` is cut off.
+what is there for it for `answer_s` is cut off. What is no HTTP is answered with a problem document too, and so is a
+head, a trailer or a chunk's extension that does not end: the parser would keep all of it in memory.
 """
 
 import asyncio
+import re
 
 import uuid6
 from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import RequestTimeout
+from service.errors import IdempotencyKeyInvalid, MalformedRequest, RankscopeError, RequestTimeout
 from service.problems import problem_response
 from service.settings import Settings
 
+BAD_KEY = re.compile(rb"^idempotency-key:[^\r\n]*[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", re.IGNORECASE | re.MULTILINE)
+MOST_BETWEEN = 64 << 10  # Bytes that are no body.
 LAST_CALL_S = 1.0  # Less than the server gives all that goes on when it stops.
 
 
@@ -28,6 +32,8 @@ class ImpatientProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
     _in_head = False
+    _came = b""
+    _between = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
@@ -61,8 +67,18 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
-        self._in_head = True
+        self._in_head, self._between = True, 0
         super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body has come."""
+        self._between = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._between = 0
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         """The head is whole; what has been waited for has come."""
@@ -72,7 +88,12 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came, and see what is still to come."""
+        self._came = data
+        self._between += len(data)
         super().data_received(data)
+        self._came = b""
+        if self._between > MOST_BETWEEN and not self.transport.is_closing():
+            self.send_400_response(f"more than {MOST_BETWEEN} bytes came that are no body")
         if self.transport.is_closing():
             self._stop()
         elif self.cycle is None or self.cycle.response_complete:
@@ -81,6 +102,14 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._wait_for_body()
         else:
             self._stop()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say that what came is no HTTP, where nothing of another answer has gone out, and close."""
+        if self._in_head and BAD_KEY.search(self._came):
+            self._answer_head(IdempotencyKeyInvalid("the key has control characters"))
+        elif self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self._answer_head(MalformedRequest(msg))
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Begin to wait where the client has begun its next head, or still sends a body that was not wanted."""
@@ -114,8 +143,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         if self._in_head:
-            scope = {"type": "http", "headers": [], "state": {"request_id": str(uuid6.uuid7())}}
-            self._answer(Request(scope), f"the head of the request was not whole after {self.header_s:g} s")
+            self._answer_head(RequestTimeout(f"the head of the request was not whole after {self.header_s:g} s"))
         self.transport.close()
 
     def _body_is_late(self) -> None:
@@ -123,11 +151,17 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._wait_for_body()  # It is us who do not read.
             return
         if not self.cycle.response_started:
-            self._answer(Request(dict(self.cycle.scope)), f"nothing more of the body came for {self.body_s:g} s")
+            late = RequestTimeout(f"nothing more of the body came for {self.body_s:g} s")
+            self._answer(Request(dict(self.cycle.scope)), late)
         self.transport.close()
 
-    def _answer(self, request: Request, detail: str) -> None:
-        answer = problem_response(request, RequestTimeout(detail), headers={"connection": "close"})
+    def _answer_head(self, error: RankscopeError) -> None:
+        """Answer what has not become a request."""
+        scope = {"type": "http", "headers": [], "state": {"request_id": str(uuid6.uuid7())}}
+        self._answer(Request(scope), error)
+
+    def _answer(self, request: Request, error: RankscopeError) -> None:
+        answer = problem_response(request, error, headers={"connection": "close"})
         head = b"".join(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)
         self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
 

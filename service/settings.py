@@ -106,6 +106,7 @@ class Settings(BaseSettings):
     metrics: Metrics = Field(
         "on", description="GET /metrics: on, for whoever may call; open, without an API key; off, not there"
     )
+    docs: Literal["on", "off"] = Field("on", description="GET /docs, Swagger UI: on; off, not there")
     worker_metrics: str = Field(
         "", description="host:port where a worker shows its metrics, port 0 for any free one; empty: nowhere"
     )

@@ -18,6 +18,7 @@ from service.errors import RateLimited, Unauthorized
 from service.settings import Settings
 from tests.conftest import Server, start_server, stop_server
 from tests.test_bad_inputs import problem
+from tests.test_openapi import OPERATIONS
 from tests.uploads.builders import saved
 
 
@@ -105,6 +106,24 @@ def test_an_analysis_its_base_and_its_factors_are_their_owners_alone(guarded: Gu
     own = guarded.bob.post("/analyze", content=content, headers={"prefer": "wait=30"}).json()
     assert own["status"] == "succeeded"
     problem(guarded.bob.get(f"/analyses/{own['id']}/factors/{made.json()['id']}"), 404, "not-found")
+
+
+def test_no_operation_finds_what_another_key_has_made(guarded: Guarded) -> None:
+    alice, analysis = guarded.alice, {"content": saved(np.diag([2.0, 1.0])), "headers": {"prefer": "wait=30"}}
+    ids = {"experiment_id": alice.post("/experiments", json={"training": {"epochs": 1}}).json()["id"]}
+    ids["sweep_id"] = alice.post("/sweeps", json={"grid": {"seed": [1, 2]}}).json()["id"]
+    ids["analysis_id"] = alice.post("/analyze", **analysis).json()["id"]
+    ids["factors_id"] = alice.post(f"/analyses/{ids['analysis_id']}/factors", json={}).json()["id"]
+    refused = []
+    for method, path, _ in OPERATIONS.values():
+        if "_id}" in path:
+            answer = guarded.bob.request(method, path.format(**ids), json=None if method == "get" else {})
+            problem(answer, 404, "not-found")
+            refused.append(path)
+    assert len(refused) > 20
+    for kind in ("experiments", "sweeps", "analyses"):
+        listed = {job["id"] for job in guarded.bob.get(f"/{kind}").json()["data"]}
+        assert listed.isdisjoint(ids.values())
 
 
 def test_a_key_of_two_owners_is_two_keys(guarded: Guarded) -> None:

@@ -155,7 +155,16 @@ def test_an_id_that_is_not_ours_is_not_found(server: Server, kind: str, name: st
 
 @pytest.mark.parametrize(
     "path",
-    ["/%2e%2e/%2e%2e/etc/passwd", "/a%00b", "/nothing", "/problems/none", "/docs/none.js", "/docs/..%2f..%2fapp.py"],
+    [
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/a%00b",
+        "/nothing",
+        "/experiments/",
+        "/docs/",
+        "/problems/none",
+        "/docs/none.js",
+        "/docs/..%2f..%2fapp.py",
+    ],
     ids=lambda path: f"row 31: {path}",
 )
 def test_what_is_not_there_is_not_found(server: Server, path: str) -> None:
@@ -277,10 +286,21 @@ def test_a_client_that_breaks_off_leaves_no_traceback(server: Server) -> None:  
     assert server.client.get("/healthz").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/experiments", "/presets", "/limits", "/problems/not-found"])
-def test_json_alone_is_not_acceptable_to_all(server: Server, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "available"),
+    [
+        *[(path, ["application/json"]) for path in ("/experiments", "/presets", "/limits", "/problems/not-found")],
+        *[(path, ["application/json"]) for path in ("/healthz", "/readyz", "/openapi.json")],
+        ("/metrics", ["text/plain", "application/openmetrics-text"]),
+        ("/docs", ["text/html"]),
+        ("/docs/start.js", ["text/javascript", "text/css"]),
+        ("/experiments/none/weights", ["application/octet-stream"]),
+        ("/", ["application/json", "text/html"]),
+    ],
+)
+def test_row_35_what_a_path_has_is_not_acceptable_to_all(server: Server, path: str, available: list[str]) -> None:
     answer = server.client.get(path, headers={"accept": "application/xml"})
-    assert problem(answer, 406, "not-acceptable")["available"] == ["application/json"]
+    assert problem(answer, 406, "not-acceptable")["available"] == available
 
 
 def test_a_name_that_grows_when_composed_is_measured_composed(server: Server) -> None:

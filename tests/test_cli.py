@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.access import fingerprint
 from service.cli import app
 from service.console import interruptible
 from tests.conftest import Server, free_port, start_server, stop_server
+from tests.test_processes import LONG
 from tests.test_sweeps import SMALL
 
 
@@ -42,6 +44,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     low = torch.from_numpy((rng.standard_normal((60, 3)) @ rng.standard_normal((3, 50))).astype(np.float32))
     save_file({"[bold]fc": low, "head": torch.randn(20, 20), "head.bias": torch.zeros(20)}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def no_stream_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose only stream is taken, by a job that trains beside others."""
+    data = tmp_path_factory.mktemp("taken") / "data"
+    running = start_server(data, RANKSCOPE_STREAM_LIMIT="1", RANKSCOPE_JOBS="2")
+    with running.client.stream("GET", f"/experiments/{running.post(LONG)['id']}/events"):
+        yield running
+    stop_server(running)
 
 
 def test_analyze_prints_a_table_of_layers(server: Server, model: Path) -> None:
@@ -169,6 +181,21 @@ def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, 
     refused = run("analyze", str(model), "--server", url, "--key", "other")
     assert (refused.exit_code, "key" in refused.stderr) == (4, True)
     stop_server(server)
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_job_whose_stream_is_refused_is_named_and_followed_all_the_same(
+    no_stream_left: Server, form: list[str]
+) -> None:
+    spec = json.dumps({"training": {"epochs": 5}})
+    followed = run("submit", "-", "--follow", "--server", str(no_stream_left.client.base_url), *form, input=spec)
+    assert followed.exit_code == 0, followed.stderr
+    first = followed.stderr.split()
+    (job, *_) = no_stream_left.client.get("/experiments").json()["data"]
+    assert first[:2] == ["experiment", job["id"]]
+    assert "Too many event streams" in followed.stderr
+    assert job["id"] in followed.stdout.splitlines()[-1]
+    assert ('{"done":5,"total":5}' in followed.stdout) == bool(form)
 
 
 def test_an_interrupt_that_got_lost_still_makes_the_exit_code() -> None:

@@ -35,6 +35,7 @@ POSTS = {
     "/sweeps": Post(
         "/sweeps", "/sweeps", "", b'{"base": {"name": "%s", "training": {"epochs": 1}}, "grid": {"seed": [1]}}'
     ),
+    "/factors": Post("/analyses/{}/factors", "/analyses/{}/factors", "", b'{"name": "%s"}'),
 }
 UNFINISHED = [
     "in the request line",
@@ -51,9 +52,10 @@ COMMITTED = STAGES[-2:]
 class Request:
     """A POST under a key and a name of its own, as bytes and as httpx sends it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, analysis: str = "") -> None:
         self.key, self.name, self.post = str(uuid.uuid4()), f"cut-{uuid.uuid4()}", POSTS[kind]
-        self.target = self.post.path + self.post.query.replace("%s", self.name)
+        self.listed = self.post.listed.format(analysis)
+        self.target = self.post.path.format(analysis) + self.post.query.replace("%s", self.name)
         self.body = self.post.body.replace(b"%s", self.name.encode())
 
     def until(self, stage: str) -> bytes:
@@ -80,9 +82,15 @@ class Request:
 
     def jobs(self, server: Server) -> list[dict[str, Any]]:
         """The jobs that it has made."""
-        listed = server.client.get(self.post.listed, params={"name_prefix": self.name})
-        jobs: list[dict[str, Any]] = listed.json()["data"]
-        return jobs
+        query = {} if "factors" in self.listed else {"name_prefix": self.name}
+        jobs: list[dict[str, Any]] = server.client.get(self.listed, params=query).json()["data"]
+        return [job for job in jobs if job["name"] == self.name]
+
+
+@pytest.fixture(scope="module")
+def analysis(server: Server) -> str:
+    """The id of an analysis that factors can be made of."""
+    return str(server.analyze(FILE)["id"])
 
 
 def cut(server: Server, request: Request, stage: str, abruptly: bool) -> None:
@@ -105,9 +113,9 @@ def was_replayed(answer: httpx.Response) -> bool:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", POSTS)
 def test_a_connection_cut_at_any_stage_and_its_retry_make_one_job(
-    server: Server, kind: str, stage: str, abruptly: bool
+    server: Server, analysis: str, kind: str, stage: str, abruptly: bool
 ) -> None:
-    request = Request(kind)
+    request = Request(kind, analysis)
     cut(server, request, stage, abruptly)
     first, again = request.send(server), request.send(server)
     if stage in UNFINISHED or stage in COMMITTED:
@@ -115,7 +123,7 @@ def test_a_connection_cut_at_any_stage_and_its_retry_make_one_job(
     assert was_replayed(again)
     (job,) = request.jobs(server)
     assert {first.json()["id"], again.json()["id"]} == {job["id"]}
-    server.client.post(f"{POSTS[kind].listed}/{job['id']}/cancel")  # The next tests need not wait for it.
+    server.client.post(f"{request.listed}/{job['id']}/cancel")  # The next tests need not wait for it.
 
 
 def test_a_request_cut_many_times_makes_one_job(server: Server) -> None:

@@ -327,6 +327,9 @@ def test_name_and_tags_can_change_and_nothing_else(server: Server) -> None:
     listed = server.client.get("/experiments?tag=team:blue").json()["data"]
     assert [one["id"] for one in listed] == [state["id"]]
     assert server.client.get("/experiments?tag=team:red").json()["data"] == []
+    assert server.client.delete(path, headers={"if-match": tag}).status_code == 412
+    tag = server.client.get(path).headers["etag"]
+    assert server.client.delete(path, headers={"if-match": tag}).status_code == 204
 
 
 def test_pages_link_to_the_next(server: Server, memo: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from service.problems import BY_SLUG
 from service.schemas import PRESETS, resolve
 from tests.conftest import Server
 
+OPENMETRICS = "application/openmetrics-text"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
@@ -48,6 +49,21 @@ def test_health_and_readiness(server: Server) -> None:
 def test_every_problem_type_has_its_page(server: Server, slug: str) -> None:
     page = server.client.get(f"/problems/{slug}").json()
     assert page == {"type": f"/problems/{slug}", **BY_SLUG[slug]._asdict()}
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "text/plain"),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;q=0.5", OPENMETRICS),
+        ("application/openmetrics-text;version=abc", OPENMETRICS),
+        ("text/plain;version=x;escaping=y", "text/plain"),
+        ("application/*", OPENMETRICS),
+    ],
+)
+def test_metrics_come_in_the_form_that_is_wanted_most(server: Server, accept: str, media_type: str) -> None:
+    answer = server.client.get("/metrics", headers={"accept": accept})
+    assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, media_type)
 
 
 def test_the_documentation_asks_nobody_else(server: Server) -> None:

@@ -134,9 +134,15 @@ def test_schemathesis_finds_nothing_that_is_not_documented(tmp_path: Path) -> No
 
 
 @pytest.mark.soak
-def test_schemathesis_finds_nothing_in_all_phases(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("phases", "n_examples"), [("examples,coverage,fuzzing", "30"), ("stateful", "50")])
+def test_schemathesis_finds_nothing_in_all_phases(tmp_path: Path, phases: str, n_examples: str) -> None:
+    # Apart, so that a slow machine does not spend the time of the last phase on the one before.
     running = start_server(tmp_path / "data", RANKSCOPE_QUEUE_LIMIT="1000000")
-    done = schemathesis(running, tmp_path, "--max-examples", "50", "--max-time", "600")
+    bounds = ("--max-examples", n_examples, "--max-time", "400")
+    done = schemathesis(running, tmp_path, "--phases", phases, *bounds)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"Selected: {len(OPERATIONS)}/{len(OPERATIONS)}" in done.stdout
+    for phase in phases.split(","):
+        assert f"✅ {phase.capitalize()}\n" in done.stdout
     assert stop_server(running) == 0
     assert "Traceback" not in running.log.read_text()

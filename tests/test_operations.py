@@ -149,8 +149,9 @@ def test_prometheus_reads_queue_depth_and_may_be_sent_away(tmp_path: Path) -> No
     found = samples(server.client.get("/metrics").text)
     assert found[("rankscope_queue_depth",)] == found["rankscope_jobs", "kind=experiment", "status=queued"] == 3
     stop_server(server)
-    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_METRICS="off")
-    assert server.client.get("/metrics").status_code == 404
+    server = start_server(tmp_path / "data", workers=0, RANKSCOPE_METRICS="off", RANKSCOPE_DOCS="off")
+    assert [server.client.get(path).status_code for path in ("/metrics", "/docs", "/docs/start.js")] == [404] * 3
+    assert "documentation" not in server.client.get("/").json()["links"]
     stop_server(server)
 
 

@@ -10,7 +10,6 @@ from pydantic import Field
 from service import jobs, listing, openapi, store, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
 from service.errors import BudgetExceeded, InvalidState, PreconditionFailed
-from service.http import matches
 from service.idempotency import Once, OnceOnly
 from service.openapi import IF_MATCH, NOT_MODIFIED, PREFER, raises, takes
 from service.schemas import ExperimentSpec, Name, Strict, Tags, resolve
@@ -110,8 +109,7 @@ def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Resp
     expected = request.headers.get("if-match")
     with here.database.write.begin() as session:
         row = store.get_job(session, KIND, here.owner, experiment_id)
-        if expected is not None and not matches(expected, jobs.tag(row), weakly=False):
-            raise PreconditionFailed(f"the ETag is {jobs.tag(row)} now")
+        jobs.expect(row, expected)
         row = store.rename_job(session, experiment_id, changes)
     return jobs.answer(row, views.experiment(row))
 
@@ -128,7 +126,9 @@ def cancel(here: Here, once: OnceOnly, experiment_id: str) -> Response:
     return jobs.cancel_answer(row, views.experiment(row), once)
 
 
-@router.delete("/{experiment_id}", status_code=204, openapi_extra=raises(InvalidState))
-def remove(here: Here, experiment_id: str) -> Response:
-    """Delete an experiment that does not run, with all it recorded."""
-    return jobs.remove(here, KIND, experiment_id)
+@router.delete(
+    "/{experiment_id}", status_code=204, openapi_extra={**raises(InvalidState, PreconditionFailed), **IF_MATCH}
+)
+def remove(here: Here, request: Request, experiment_id: str) -> Response:
+    """Delete an experiment that does not run, with all it recorded; with If-Match only if nobody has changed it."""
+    return jobs.remove(here, KIND, experiment_id, request.headers.get("if-match"))

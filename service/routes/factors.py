@@ -10,7 +10,7 @@ from service import files, jobs, openapi, plans, reports, store, views
 from service.context import JSON_ONLY, Body, Context, Here
 from service.downloads import download
 from service.errors import BudgetExceeded, InvalidState, NotAcceptable, NotFound, RangeNotSatisfiable
-from service.http import etag
+from service.http import choose_format, etag
 from service.idempotency import Once, OnceOnly
 from service.openapi import NOT_MODIFIED, PARTIAL, raises, takes
 from service.routes import analyses
@@ -33,7 +33,7 @@ class FactorsQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: str = "json"
+    format: str | None = None
 
 
 @router.post(
@@ -110,9 +110,10 @@ def read(
         row = _factors(session, here.owner, analysis_id, factors_id)
         manifest = store.manifest(session, row.id)
     made = row.spec["request"]["format"]
-    if query.format == "json":
+    form = query.format or choose_format(None, request.headers.get("accept"), {"json": "application/json"})
+    if form == "json":
         return jobs.unchanged(request, row) or jobs.answer(row, views.factors(row, manifest))
-    if query.format != made:
+    if form != made:
         raise NotAcceptable(f"these factors were made as {made}; available are json, {made}", available=["json", made])
     if manifest is None:
         raise InvalidState(f"the job is {row.status}: there is no file")

@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from sqlalchemy import text
 
 from service import files
-from service.context import JSON_ONLY, Here
+from service.context import JSON_ONLY, Context, Here, only
 from service.errors import DatabaseUnavailable, NotAcceptable, NotFound, RankscopeError, StorageFull
 from service.http import choose_format
 from service.openapi import raises
@@ -40,6 +40,7 @@ LINKS = {
     "health": "/healthz",
     "ready": "/readyz",
 }
+METRICS = {media_type: media_type for media_type in ("text/plain", "application/openmetrics-text")}
 DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 DOCS_START = """window.onload = () => SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null
@@ -51,14 +52,15 @@ DOCS_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title
 
 
 @router.get("/", responses={200: {"content": {"text/html": {}}}}, openapi_extra=raises(NotAcceptable))
-def discovery(request: Request) -> Response:
+def discovery(here: Here, request: Request) -> Response:
     """Where everything is; a page for browsers."""
     wanted = choose_format(None, request.headers.get("accept"), {"json": "application/json", "html": "text/html"})
     headers = {"vary": "Accept"}
+    links = {name: path for name, path in LINKS.items() if name != "documentation" or here.settings.docs == "on"}
     if wanted == "json":
-        document = {"name": "rankscope", "version": request.app.version, "links": LINKS}
+        document = {"name": "rankscope", "version": request.app.version, "links": links}
         return Response(to_json(document), headers=headers, media_type="application/json")
-    rows = "".join(f'<li><a href="{path}">{html.escape(name)}</a></li>' for name, path in LINKS.items())
+    rows = "".join(f'<li><a href="{path}">{html.escape(name)}</a></li>' for name, path in links.items())
     title = f"rankscope {html.escape(request.app.version)}"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -68,7 +70,7 @@ def discovery(request: Request) -> Response:
     return HTMLResponse(page, headers=headers)
 
 
-@router.get("/openapi.json", include_in_schema=False)
+@router.get("/openapi.json", include_in_schema=False, dependencies=JSON_ONLY)
 def openapi(request: Request) -> Response:
     """The OpenAPI document."""
     return Response(to_json(request.app.state.openapi()), media_type="application/json")
@@ -130,14 +132,14 @@ def _bounds(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return bounds
 
 
-@router.get("/healthz")
+@router.get("/healthz", dependencies=JSON_ONLY)
 async def healthz() -> dict[str, str]:
     """The process answers."""
     # Not in a thread of the pool, which other requests may have filled.
     return {"status": "ok"}
 
 
-@router.get("/readyz", openapi_extra=raises(StorageFull, DatabaseUnavailable))
+@router.get("/readyz", dependencies=JSON_ONLY, openapi_extra=raises(StorageFull, DatabaseUnavailable))
 def readyz(here: Here, request: Request) -> Response:
     """The database answers and the disk has room: new work can be taken."""
     try:
@@ -156,14 +158,15 @@ def readyz(here: Here, request: Request) -> Response:
     "/metrics",
     response_class=PlainTextResponse,
     responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
-    openapi_extra=raises(NotFound),
+    openapi_extra=raises(NotFound, NotAcceptable),
 )
 def metrics(here: Here, request: Request) -> Response:
     """What Prometheus scrapes: requests, jobs, queue depth, sizes. A setting turns it off."""
     if here.settings.metrics == "off":
         raise NotFound("RANKSCOPE_METRICS is off")
-    encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(request.app.state.registry), headers={"content-type": media_type})
+    # Not the header itself: a version that is no number is an error there.
+    encode, media_type = choose_encoder(choose_format(None, request.headers.get("accept"), METRICS))
+    return Response(encode(request.app.state.registry), headers={"content-type": media_type, "vary": "Accept"})
 
 
 @router.get("/problems/{slug}", dependencies=JSON_ONLY)
@@ -174,18 +177,25 @@ def problem_type(slug: str) -> dict[str, Any]:
     return {"type": f"/problems/{slug}", **problem._asdict()}
 
 
-@router.get("/docs", include_in_schema=False)
-def docs() -> HTMLResponse:
-    """Swagger UI; its files are served by us, so that it works without a network."""
+@router.get("/docs", include_in_schema=False, dependencies=only("text/html"))
+def docs(here: Here) -> HTMLResponse:
+    """Swagger UI; its files are served by us, so that it works without a network. A setting turns it off."""
+    _check_docs(here)
     return HTMLResponse(DOCS_PAGE)
 
 
-@router.get("/docs/{name}", include_in_schema=False)
-def docs_file(name: str) -> Response:
+@router.get("/docs/{name}", include_in_schema=False, dependencies=only("text/javascript", "text/css"))
+def docs_file(here: Here, name: str) -> Response:
     """One file of Swagger UI."""
+    _check_docs(here)
     if name == "start.js":
         return Response(DOCS_START, media_type="text/javascript")
     if name not in DOCS_FILES:
         raise NotFound(f"no file {name[:40]!r}")
     path = importlib.resources.files("fastapi_offline") / "static" / name
     return FileResponse(str(path), media_type=DOCS_FILES[name], headers={"cache-control": "max-age=86400"})
+
+
+def _check_docs(here: Context) -> None:
+    if here.settings.docs == "off":
+        raise NotFound("RANKSCOPE_DOCS is off")

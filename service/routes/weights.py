@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 
 from service import files, store
-from service.context import Here
+from service.context import Here, only
 from service.downloads import download
 from service.errors import InvalidState, RangeNotSatisfiable, SpectrumNotReady
 from service.http import validators
@@ -26,6 +26,7 @@ class WeightsQuery(BaseModel):
 
 @router.get(
     "/{experiment_id}/weights",
+    dependencies=only("application/octet-stream"),
     response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {}}}, **PARTIAL, **NOT_MODIFIED},
     openapi_extra=raises(InvalidState, SpectrumNotReady, RangeNotSatisfiable),
