@@ -40,7 +40,7 @@ SHARES = {
 }
 LONG = {"network": {"hidden": [256, 256]}, "training": {"epochs": 100_000}, "record": {"every": 50}}
 NO_ANSWER = 0
-FAILURES = ("200, not 304", "4xx", "5xx", "no answer")
+FAILURES = ("200, not 304", "3xx", "4xx", "5xx", "no answer")
 
 
 class Jobs(NamedTuple):

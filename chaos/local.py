@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import psutil
 
 from chaos.audit import commits, install_audit, overlaps
 from service.settings import Settings, environment
+from service.store import TERMINAL
 
 FAST = Settings(heartbeat_s=0.2, lease_s=1.0, checkpoint_s=0.3, max_attempts=100, poll_s=0.05)
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -36,7 +38,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "adam", "lr": 1e-3},
 ]
 LIMIT_S = 300.0
-Results = dict[str, tuple[bytes, ...]]
+Results = list[tuple[bytes, ...]]
 
 
 def specs(n_jobs: int, epochs: int) -> list[dict[str, Any]]:
@@ -142,23 +144,22 @@ def post_all(client: httpx.Client, bodies: list[dict[str, Any]], files: list[byt
 
 
 def results(client: httpx.Client, paths: list[str]) -> Results:
-    """Everything that the jobs have found, by their place in the list; each must have succeeded."""
-    found: Results = {}
-    for index, path in enumerate(paths):
+    """Everything that the jobs have found; each must have succeeded."""
+    found: Results = []
+    for path in paths:
         state = client.get(path).json()
         assert state["status"] == "succeeded", state
         parts = ["/spectrum?format=npz", "/weights?at=final", "/weights?at=initial", "/metrics?format=csv"]
         views = parts if path.startswith("/experiments") else ["/spectrum?format=npz&layer=all"]
         answers = [client.get(f"{path}{view}") for view in views]
         assert all(answer.is_success for answer in answers), [answer.text[:200] for answer in answers]
-        found[str(index)] = tuple(answer.content for answer in answers)
+        found.append(tuple(answer.content for answer in answers))
     return found
 
 
 def all_over(client: httpx.Client, paths: list[str]) -> bool:
     """Whether every job has ended."""
-    over = {"succeeded", "failed", "canceled"}
-    return all(client.get(path).json()["status"] in over for path in paths)
+    return all(client.get(path).json()["status"] in TERMINAL for path in paths)
 
 
 class Faults:
@@ -173,15 +174,15 @@ class Faults:
 
     @contextlib.contextmanager
     def brought(self) -> Iterator[None]:
-        """Bring faults meanwhile."""
+        """Bring faults meanwhile. Raises what went wrong with that."""
         over = threading.Event()
-        thread = threading.Thread(target=self._bring_until, args=(over,))
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            bringing = pool.submit(self._bring_until, over)
+            try:
+                yield
+            finally:
+                over.set()
+                bringing.result()
 
     def _bring_until(self, over: threading.Event) -> None:
         seen = 0
@@ -263,6 +264,7 @@ class Play:
                 paths = post_all(client, *self.jobs())
                 _until(lambda: all_over(client, paths), "every job to end")
             assert results(client, paths) == reference, "results differ from those of undisturbed runs"
+            assert sum(faults.count.values()) >= self.n_faults // 2, f"hardly any fault was brought: {faults.count}"
             n_attempts = sum(client.get(path).json()["attempt"] for path in paths)
         assert (wrong := overlaps(settings.url)) == [], wrong
         log = here.log.read_text()

@@ -15,6 +15,7 @@ from service import files
 from service.errors import Draining
 from service.processes import end_with_parent
 
+_written: list[int] = []  # Bytes, in the drawing process, since its pictures were last pruned.
 STOPPING = "the server is stopping and draws no more pictures"
 
 
@@ -93,5 +94,9 @@ def _draw(cache: tuple[Path, int], path: Path, function: str, arguments: tuple[A
     content: bytes = getattr(importlib.import_module("service.render"), function)(*arguments)
     with contextlib.suppress(FileNotFoundError):
         files.write(path, content)
-        files.prune_pictures(*cache)
+        _written.append(len(content))
+    data, limit = cache
+    if sum(_written) > limit / 100:  # To look at all of them takes a while once they are many.
+        _written.clear()
+        files.prune_pictures(data, limit)
     return content

@@ -62,12 +62,12 @@ class RankscopeError(Exception):
 
 
 class BadRequestValue(RankscopeError):
-    """A value that is refused: `field` is a JSON pointer (`/training/lr`) or the name of a query parameter."""
+    """A value that is refused: `field` is a JSON pointer (`/training/lr`; `` is all) or a query parameter's name."""
 
     def __init__(self, field: str, value: object, message: str, kind: str = "value_error") -> None:
-        place = "pointer" if field.startswith("/") else "parameter"
+        place = "parameter" if field and not field.startswith("/") else "pointer"
         error = {place: field, "detail": message, "type": kind, "value": value}
-        super().__init__(f"{field}: {message}", errors=[error])
+        super().__init__(f"{field or 'the body'}: {message}", errors=[error])
 
 
 class BudgetExceeded(RankscopeError):

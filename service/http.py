@@ -63,10 +63,10 @@ async def json_body(request: Request) -> dict[str, Any]:
         raise UnsupportedMediaType(f"{content_type[:100]!r} is not taken, application/json is")
     body = await _read(request, request.app.state.settings.body_limit)
     if not body:
-        raise BadRequestValue("body", None, "is missing; send {} for the defaults")
+        raise BadRequestValue("", None, "is missing; send {} for the defaults")
     parsed = parse_json(body)
     if not isinstance(parsed, dict):
-        raise BadRequestValue("body", type(parsed).__name__, "must be a JSON object")
+        raise BadRequestValue("", type(parsed).__name__, "must be a JSON object")
     return parsed
 
 

@@ -1,8 +1,11 @@
 """What the routes of every kind of job do alike: answer with an ETag, cancel, delete, wait, look for room."""
 
 import asyncio
+import contextlib
+import logging
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -10,12 +13,13 @@ from fastapi.concurrency import run_in_threadpool
 
 from service import files, store
 from service.context import Context
-from service.errors import BadRequestValue, PreconditionFailed, StorageFull
+from service.errors import BadRequestValue, DatabaseUnavailable, PreconditionFailed, StorageFull
 from service.http import etag, matches, settled
 from service.idempotency import Once
 from service.representations import to_json
 from service.store import TERMINAL, JobRow
 
+log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 30
 FIRST_LOOK_S, SLOWEST_LOOK_S = 0.02, 0.1
 
@@ -119,5 +123,20 @@ async def wait(here: Context, request: Request, row: JobRow, seconds: float) -> 
     while row.status not in TERMINAL and time.monotonic() < deadline and not await request.is_disconnected():
         await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
         pause = min(1.2 * pause, SLOWEST_LOOK_S)
-        row = await run_in_threadpool(read, here, row.kind, row.id)
+        try:
+            row = await run_in_threadpool(read, here, row.kind, row.id)
+        except store.UNAVAILABLE as error:
+            log.warning("the answer does not wait for %s: %s", row.id, store.reason_of(error))
+            break  # The job is stored: whoever were told of an error would post it again.
     return row
+
+
+@contextlib.contextmanager
+def stored_at(location: str) -> Iterator[None]:
+    """Say where a job is that is stored, and cannot be read at the moment. Raises DatabaseUnavailable."""
+    try:
+        yield
+    except store.UNAVAILABLE as error:
+        raise DatabaseUnavailable(
+            f"{location} is stored, and cannot be read now", headers={"location": location}
+        ) from error

@@ -41,10 +41,13 @@ def parse(text: str) -> httpx.URL:
     """The URL, if it is one of HTTP with a host and without a password. Raises AddressRefused."""
     try:
         url = httpx.URL(text)
+        host, port = url.host, url.port  # Decoded only now: a name may be no name.
     except (httpx.InvalidURL, ValueError):
         raise AddressRefused("is no URL") from None
-    if url.scheme not in {"http", "https"} or not url.host:
+    if url.scheme not in {"http", "https"} or not host:
         raise AddressRefused("must be http://host/… or https://host/…")
+    if port is not None and not 0 < port < 2**16:
+        raise AddressRefused("has no port between 1 and 65535")
     if url.userinfo:
         raise AddressRefused("must not hold a user name or a password")
     return url

@@ -150,6 +150,7 @@ PROBLEMS: dict[type[errors.RankscopeError], Problem] = {
 }
 BY_SLUG = {problem.slug: problem for problem in PROBLEMS.values()}
 POSTGRES_DISK_FULL = "53100"
+LONGEST_TEXT = 1000  # Characters: what was sent is not sent back at length.
 RETRY_AFTER_S = {
     "idempotency-in-progress": 1,
     "queue-full": 10,
@@ -274,7 +275,7 @@ def problem_response(
         "type": f"/problems/{problem.slug}",
         "title": problem.title,
         "status": status or problem.status,
-        "detail": _unicode(error.detail),
+        "detail": _tidy(error.detail),
         "request_id": request_id(request),
         **{key: _tidy(value) for key, value in error.extra.items() if key != "headers"},
     }
@@ -293,7 +294,10 @@ def _tidy(value: Any) -> Any:
         return [_tidy(item) for item in value[:20]]
     if isinstance(value, dict):
         return {key: _tidy(item) for key, item in value.items()}
-    return _unicode(value) if isinstance(value, str) else showable(value)
+    if isinstance(value, str):
+        text = _unicode(value)
+        return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
+    return showable(value)
 
 
 def _unicode(text: str) -> str:

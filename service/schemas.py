@@ -118,6 +118,13 @@ class WebhookSpec(Strict):
     )
     events: list[Ending] = Field(["succeeded", "failed", "canceled"], min_length=1, max_length=3)
 
+    @field_validator("events")
+    @classmethod
+    def _each_once(cls, events: list[Ending]) -> list[Ending]:
+        if len(set(events)) < len(events):
+            raise ValueError("each end is named once")
+        return events
+
 
 class ExperimentSpec(Strict):
     """What to train. Every field is optional; a preset is a base that the other fields override."""
@@ -163,6 +170,11 @@ class ExperimentSpec(Strict):
         return round(self.data.n_samples * self.data.validation_fraction)
 
     @property
+    def n_recorded(self) -> int:
+        """How many epochs are recorded, without a list of them."""
+        return -(-self.training.epochs // self.record.every) + 1
+
+    @property
     def n_training(self) -> int:
         """Samples trained on: the first ones."""
         return self.data.n_samples - self.n_validation
@@ -185,7 +197,7 @@ class ExperimentSpec(Strict):
     @property
     def recorded_values(self) -> int:
         """Singular values that are kept, of W and of W − W₀."""
-        return 2 * sum(min(self.shapes[name]) for name in self.recorded_layers) * len(self.recorded_epochs)
+        return 2 * sum(min(self.shapes[name]) for name in self.recorded_layers) * self.n_recorded
 
 
 PRESETS: dict[str, dict[str, Any]] = {

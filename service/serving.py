@@ -71,6 +71,8 @@ class Server(uvicorn.Server):
             *address,
             http=protocol_of(settings),
             server_header=False,
+            proxy_headers=bool(settings.proxies),  # By default any caller on this machine could name itself.
+            forwarded_allow_ips=settings.proxies,
             timeout_graceful_shutdown=5,
             log_config=None,  # `service.logs` has it all.
             access_log=False,

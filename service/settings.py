@@ -15,7 +15,7 @@ from service.uploads import Limits, Matricize
 
 MIB, GIB = 1 << 20, 1 << 30
 KEY_ENTRY = r"[a-z0-9][a-z0-9_-]{0,63}:[0-9a-f]{64}"
-ADDRESS = r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
+ADDRESS = r"([\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})"
 SIGNING_KEY = r"whsec_[A-Za-z0-9+/]{32,86}={0,2}"
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
@@ -28,6 +28,12 @@ def _split(value: str) -> list[str]:
     return [entry.strip() for entry in value.split(",") if entry.strip()]
 
 
+def _is_address(value: str) -> bool:
+    """Whether it is host:port."""
+    found = re.fullmatch(ADDRESS, value)
+    return found is not None and int(found["port"]) < 2**16
+
+
 class Settings(BaseSettings):
     """What an operator can choose."""
 
@@ -38,6 +44,10 @@ class Settings(BaseSettings):
     hosts: str = Field(
         "localhost,127.0.0.1,[::1]",
         description="Host names this server answers to, comma separated; * for any",
+    )
+    proxies: str = Field(
+        "",
+        description="Addresses of reverse proxies, comma separated, whose X-Forwarded-For and -Proto are believed",
     )
     api_keys: str = Field(
         "",
@@ -115,7 +125,7 @@ class Settings(BaseSettings):
     @field_validator("devices")
     @classmethod
     def _devices_are_named(cls, value: str) -> str:
-        for device in value.split(","):
+        for device in _split(value):
             if device != "cpu" and not (device.startswith("cuda:") and device[5:].isdecimal()):
                 raise ValueError(f"{device!r} is no device: write cpu, cuda:0, cuda:1, …")
         return value
@@ -140,21 +150,21 @@ class Settings(BaseSettings):
     @field_validator("rate_limit")
     @classmethod
     def _rate_is_understood(cls, value: str) -> str:
-        if value:
-            limits.parse(value)
+        if value and limits.parse(value).amount < 1:
+            raise ValueError("allow one request at least, such as 600/minute")
         return value
 
     @field_validator("worker_metrics")
     @classmethod
     def _address_is_one(cls, value: str) -> str:
-        if value and not re.fullmatch(ADDRESS, value):
+        if value and not _is_address(value):
             raise ValueError("write host:port, such as 127.0.0.1:9100, or port 0 for any free one")
         return value
 
     @field_validator("ray_address")
     @classmethod
     def _head_is_one(cls, value: str) -> str:
-        if value != "auto" and not re.fullmatch(ADDRESS, value):
+        if value != "auto" and not _is_address(value):
             raise ValueError("write host:port of the head, such as 10.0.0.1:6379, or auto")
         return value
 
@@ -192,7 +202,7 @@ class Settings(BaseSettings):
     @property
     def device_names(self) -> list[str]:
         """The devices that the workers offer."""
-        return self.devices.split(",")
+        return _split(self.devices)
 
     def upload_limits(self, matricize: Matricize = "auto") -> Limits:
         """What the format checks hold an uploaded file to."""
@@ -216,7 +226,7 @@ class Settings(BaseSettings):
     @property
     def host_names(self) -> frozenset[str]:
         """Lower-case host names without port."""
-        return frozenset(name.strip().lower() for name in self.hosts.split(","))
+        return frozenset(name.lower() for name in _split(self.hosts))
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -150,11 +150,20 @@ def test_a_server_with_keys_may_leave_loopback(tmp_path: Path) -> None:
         ("api_keys", "alice:abc"),
         ("api_keys", f"a:{'0' * 64},a:{'1' * 64}"),
         ("rate_limit", "often"),
+        ("rate_limit", "0/minute"),
+        ("devices", "gpu"),
+        ("worker_metrics", "127.0.0.1:65536"),
     ],
 )
-def test_settings_that_would_lock_nobody_out_are_refused(name: str, value: str) -> None:
+def test_settings_that_mean_nothing_are_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=name):
         Settings(**{name: value})
+
+
+def test_lists_take_spaces() -> None:
+    settings = Settings(devices="cpu, cuda:0", hosts="A.example, b.example")
+    assert settings.device_names == ["cpu", "cuda:0"]
+    assert settings.host_names == {"a.example", "b.example"}
 
 
 def test_a_bad_name_for_a_key_is_refused() -> None:
@@ -196,4 +205,14 @@ def test_too_many_requests_are_refused_but_health_is_not(tmp_path: Path) -> None
     assert problem(answer, 429, "rate-limited")["limit"] == "3 per 1 day"
     assert int(answer.headers["retry-after"]) > 0
     assert server.client.get("/healthz").status_code == 200
+    other = {"x-forwarded-for": "203.0.113.7"}  # Nobody gets another address by naming one.
+    assert server.client.get("/experiments", headers=other).status_code == 429
+    assert stop_server(server) == 0
+
+
+def test_a_proxy_that_is_known_names_the_caller(tmp_path: Path) -> None:
+    limits = {"RANKSCOPE_RATE_LIMIT": "1/day", "RANKSCOPE_PROXIES": "127.0.0.1"}
+    server = start_server(tmp_path / "data", workers=0, **limits)
+    callers = [{"x-forwarded-for": f"203.0.113.{number}"} for number in (7, 8, 7)]
+    assert [server.client.get("/experiments", headers=one).status_code for one in callers] == [200, 200, 429]
     assert stop_server(server) == 0

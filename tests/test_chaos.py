@@ -6,7 +6,7 @@ import pytest
 
 from chaos.local import Play, Results
 
-SHORT = Play(n_jobs=4, n_workers=2, n_faults=4, epochs=400)
+SHORT = Play(n_jobs=4, n_workers=2, n_faults=4, epochs=1500)
 LONG = Play(n_jobs=24, n_workers=3, n_faults=60, epochs=4000)
 DATABASES = ["sqlite", "postgresql"]
 

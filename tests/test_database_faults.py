@@ -29,7 +29,7 @@ from service.errors import DatabaseUnusable
 from service.settings import Settings, environment
 from service.store import Database
 from tests import postgres as postgresql
-from tests.conftest import OBEDIENT, Server, free_port, serving, start_server, stop_server
+from tests.conftest import OBEDIENT, Server, free_port, serving, start_server, stop_server, wait_for
 
 FILE = "rankscope.sqlite3"
 POSTS = 24
@@ -102,6 +102,31 @@ def test_f7_a_lock_that_stays_is_told_to_writers_and_not_noticed_by_readers(api:
     assert [path for path in (api.server.data / "uploads").rglob("*") if path.is_file()] == []
     again = api.client.post("/experiments", json={}, headers={"idempotency-key": "held"})
     assert (again.status_code, "idempotency-replayed" in again.headers) == (202, False)
+
+
+@pytest.mark.slow
+def test_f7_a_job_that_is_stored_is_told_of_though_it_cannot_be_read(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "data", workers=0)
+    array = np.lib.format.magic(1, 0) + b"\x76\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (2, 2), }"
+    patient = {"prefer": "wait=30"}
+    with ThreadPoolExecutor(2) as threads:
+        posts = [
+            threads.submit(server.client.post, "/experiments", json={}, headers=patient),
+            threads.submit(
+                server.client.post, "/analyze", content=array.ljust(127) + b"\n" + bytes(32), headers=patient
+            ),
+        ]
+        for path in ("/experiments", "/analyses"):
+            wait_for(lambda path=path: server.client.get(path).json()["data"], "the job to be stored")
+        with sqlite3.connect(server.data / FILE, isolation_level=None) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            experiment, analysis = (post.result() for post in posts)
+            other.execute("ROLLBACK")
+        other.close()
+    assert (experiment.status_code, analysis.status_code) == (202, 503)
+    for answer in (experiment, analysis):
+        assert server.client.get(answer.headers["location"]).json()["status"] == "queued"
+    assert stop_server(server) == 0
 
 
 def test_f8_writers_that_read_first_do_not_meet_in_a_deadlock(api: Api) -> None:

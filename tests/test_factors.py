@@ -49,6 +49,8 @@ def make(server: Server, analysis: dict[str, Any], **body: Any) -> tuple[dict[st
 
     state = wait_for(over, "the factors")
     assert state["status"] == "succeeded", state["error"]
+    canceled = server.client.post(f"{path}/cancel")
+    assert (canceled.json(), canceled.headers["etag"]) == (state, server.client.get(path).headers["etag"])
     file = server.client.get(path, params={"format": body.get("format", "safetensors")})
     assert file.status_code == 200, file.text
     return state, file.content

@@ -40,6 +40,7 @@ def test_a_resolved_specification_resolves_to_itself_and_keeps_every_field_given
 def test_first_and_last_epoch_are_always_recorded_in_order(body: dict[str, Any]) -> None:
     spec = resolve(body)
     epochs = spec.recorded_epochs
+    assert spec.n_recorded == len(epochs)
     assert (epochs[0], epochs[-1]) == (0, spec.training.epochs)
     assert epochs == sorted(set(epochs))
     assert all(epoch % spec.record.every == 0 for epoch in epochs[:-1])

@@ -99,6 +99,10 @@ def test_what_cannot_be_drawn_is_refused(server: Server, swept: dict[str, Any]) 
         ({"format": "png", "metric": "beauty"}, "metric"),
         ({"format": "gif", "kind": "line"}, "kind"),
         ({"format": "png", "kind": "animation"}, "kind"),
+        ({"format": "csv", "kind": "line"}, "kind"),
+        ({"kind": "heatmap"}, "kind"),
+        ({"metric": "beauty"}, "metric"),
+        ({"format": "csv", "x": "network.bias"}, "x"),
         ({"layer": "W17"}, "layer"),
         ({"colour": "red"}, "colour"),
     ):

@@ -291,6 +291,14 @@ def test_a_certificate_must_be_of_the_name_in_the_url(
     assert bool(receiver.got) == answers
 
 
+@pytest.mark.parametrize(
+    "url", ["http://xn--/", "http://a.example:0/", "http://a.example:65536/", "http://a.example:x/"]
+)
+def test_row_44_an_url_that_leads_nowhere_is_refused(idle: Server, url: str) -> None:
+    answer = idle.client.post("/experiments", json={"webhook": {"url": url}})
+    assert problem(answer, 422, "validation-error")["errors"][0]["pointer"] == "/webhook/url"
+
+
 @pytest.mark.parametrize("host", ["[2001:4860:4860::8888]", "8.8.8.8"])
 def test_public_addresses_are_where_webhooks_go(host: str) -> None:
     target = asyncio.run(outbound.resolve(f"https://{host}/a", private=False))

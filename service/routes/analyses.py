@@ -92,7 +92,8 @@ async def analyze(here: Here, once: OnceOnly, request: Request, query: Annotated
     seconds, applied = jobs.preference(request, WAIT_S)
     row = await jobs.wait(here, request, row, seconds)
     headers = {"location": f"/analyses/{row.id}", **applied, **once.headers}
-    return await run_in_threadpool(_answer, here, request, row, query.top_k, headers)
+    with jobs.stored_at(headers["location"]):
+        return await run_in_threadpool(_answer, here, request, row, query.top_k, headers)
 
 
 def _create(here: Context, once: Once, upload: Received, query: AnalyzeQuery) -> JobRow:

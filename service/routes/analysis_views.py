@@ -1,15 +1,13 @@
 """Spectra and compression reports of an analysis: every one a function of the stored singular values."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from service import files, plans, reports, representations, store
+from service import plans, reports, representations, store
 from service.context import Context, Here
 from service.errors import (
     BadRequestValue,
@@ -25,9 +23,10 @@ from service.lowrank import normalized
 from service.lowrank.allocation import Weighting
 from service.lowrank.compression import RuleName
 from service.openapi import NOT_MODIFIED, raises
-from service.pictures import ModelSpectra, Size, profile
+from service.pictures import ModelSpectra, profile
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
+from service.routes.drawn import PICTURES, Prepared, SizeQuery, Task, answer, shown
 from service.rules import BUDGET, check_parameters, rule_of
 from service.schemas import RuleOrAll, RuleParameters
 from service.store import JobRow, TensorRow, spectrum_of
@@ -35,20 +34,15 @@ from service.store import JobRow, TensorRow, spectrum_of
 router = APIRouter(prefix="/analyses", tags=["analyses"])
 SPECTRUM_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "jsonl", "csv", "npy", "npz", "png", "svg")}
 COMPRESSION_FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "png", "svg")}
-PICTURES = {"png", "svg"}
 PROBLEMS = raises(NotAcceptable, SpectrumNotReady, InvalidState, BudgetExceeded, Draining, StorageFull)
 LAYER = Field(None, max_length=1000, description="a tensor's name, or all; all if left out, unless there is only one")
-Task = tuple[Any, ...]
 
 
-class PictureQuery(RuleParameters):
+class PictureQuery(RuleParameters, SizeQuery):
     """Of which layer, in what form, and how a picture of it is drawn."""
 
     layer: str | None = LAYER
     format: str | None = Field(None, description="beats the Accept header")
-    width: int = Field(640, ge=160, le=2000, description="pixels")
-    height: int = Field(400, ge=120, le=2000, description="pixels")
-    dpi: int = Field(100, ge=50, le=200)
 
 
 class AnalysisSpectrumQuery(PictureQuery):
@@ -74,30 +68,17 @@ async def _answer(
     here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build
 ) -> Response:
     """The representation that `build` makes of what is stored: its bytes, or what is to be drawn."""
-    prepared = await run_in_threadpool(_prepare, here, request, analysis_id, form, build)
-    if isinstance(prepared, Response):
-        return prepared
-    headers, path, task = prepared
-    return Response(await here.drawing.draw(path, *task), headers=headers, media_type=MEDIA_TYPES[form[0]])
+    return await answer(here, form[0], lambda: _prepare(here, request, analysis_id, form, build))
 
 
-def _prepare(
-    here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build
-) -> Response | tuple[dict[str, str], Path, Task]:
+def _prepare(here: Context, request: Request, analysis_id: str, form: tuple[str, BaseModel], build: Build) -> Prepared:
     name, query = form
     with here.database.read.begin() as session:
         row = store.get_job(session, KIND, here.owner, analysis_id)
         headers = validators(request, row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
-        path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), name)
-        if name in PICTURES and (cached := files.read_cached(path)) is not None:
-            return Response(cached, headers=headers, media_type=MEDIA_TYPES[name])
-        rows = store.tensors(session, row.id)
-    built = build(row, rows)
-    if isinstance(built, bytes):
-        return Response(built, headers=headers, media_type=MEDIA_TYPES[name])
-    return headers, path, built
+        return shown(here, row, name, headers, lambda: build(row, store.tensors(session, row.id)))
 
 
 def _chosen(row: JobRow, rows: list[TensorRow], layer: str | None) -> list[TensorRow]:
@@ -139,7 +120,7 @@ async def spectrum(
 
 def _picture(row: JobRow, chosen: list[TensorRow], query: AnalysisSpectrumQuery, form: str) -> Task:
     """One layer with its marks, or the heat map of a whole model."""
-    title, size = _title(row), Size(query.width, query.height, query.dpi)
+    title, size = _title(row), query.size
     if len(chosen) > 1 or query.layer == "all":
         names = tuple(one.name for one in chosen)
         model = ModelSpectra(title, names, np.stack([profile(spectrum_of(one)) for one in chosen]))
@@ -210,8 +191,7 @@ async def compression(
         chosen = _chosen(row, rows, query.layer)
         report = _report(rows, chosen, query)
         if form in PICTURES:
-            size = Size(query.width, query.height, query.dpi)
-            return (f"budget_{form}", plans.budget_curve(rows, report, _title(row)), size)
+            return (f"budget_{form}", plans.budget_curve(rows, report, _title(row)), query.size)
         if form == "csv":
             return _table(report)
         head = {"analysis_id": row.id, "status": row.status, "complete": row.status == "succeeded"}

@@ -63,8 +63,8 @@ def report(here: Here, request: Request, experiment_id: str, query: Annotated[Co
 
 
 def _one_layer(spec: ExperimentSpec, layer: str | None) -> list[str]:
-    if layer == "all":
-        raise BadRequestValue("layer", layer, "must name one layer; a report is of one")
+    if layer is not None and layer not in spec.recorded_layers:
+        raise BadRequestValue("layer", layer, f"must be one of {', '.join(spec.recorded_layers)}: a report is of one")
     return chosen_layers(spec, layer, "W2")
 
 

@@ -48,7 +48,12 @@ def create(here: Here, once: OnceOnly, analysis_id: str, body: Body) -> Response
     earlier = once.earlier(body)
     row = _queue(here, once, analysis_id, body) if earlier is None else jobs.read(here, KIND, earlier)
     headers = {"location": f"/analyses/{analysis_id}/factors/{row.id}", **once.headers}
-    return jobs.answer(row, views.factors(row, None), status=202, headers=headers)
+    return jobs.answer(row, _view(here, row), status=202, headers=headers)
+
+
+def _view(here: Context, row: JobRow) -> dict[str, Any]:
+    with here.database.read.begin() as session:
+        return views.factors(row, store.manifest(session, row.id))
 
 
 def _queue(here: Context, once: Once, analysis_id: str, body: dict[str, Any]) -> JobRow:
@@ -133,7 +138,7 @@ def cancel(here: Here, once: OnceOnly, analysis_id: str, factors_id: str) -> Res
     with here.database.read.begin() as session:
         _factors(session, here.owner, analysis_id, factors_id)
     row = jobs.cancel(here, once, KIND, factors_id)
-    return jobs.cancel_answer(row, views.factors(row, None), once)
+    return jobs.cancel_answer(row, _view(here, row), once)
 
 
 @router.delete("/{factors_id}", status_code=204, openapi_extra=raises(InvalidState))

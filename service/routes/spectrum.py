@@ -5,26 +5,25 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service import files, representations, store
+from service import representations, store
 from service.context import Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
 from service.http import choose_format, unchanged, validators
 from service.lowrank import describe, normalized
 from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
-from service.pictures import Chart, Size, Spectrum
+from service.pictures import Chart, Spectrum
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
+from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, answer, shown
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.store import EpochRange, JobRow
 
 router = APIRouter(prefix="/experiments", tags=["experiments"])
 WIDEST = 4096
 TEXT = {"json", "jsonl", "csv"}
-PICTURES = {"png", "svg", "gif"}
 ONE_LAYER = {"npy", *PICTURES}
 
 
@@ -46,17 +45,12 @@ class EpochQuery(BaseModel):
         return EpochRange(self.first, self.last, self.stride)
 
 
-class SpectrumQuery(EpochQuery):
+class SpectrumQuery(EpochQuery, AnimationQuery):
     """And what of their spectra, drawn how."""
 
     top_k: int | None = Field(None, ge=1, le=4096, description="only the largest singular values")
     normalize: bool = Field(False, description="add s*_j, the singular values over their sum")
     scale: Literal["log", "linear"] = "linear"
-    width: int = Field(640, ge=160, le=2000, description="pixels")
-    height: int = Field(400, ge=120, le=2000, description="pixels")
-    dpi: int = Field(100, ge=50, le=200)
-    frames: int = Field(200, ge=1, le=200, description="at most so many frames, evenly thinned")
-    fps: int = Field(10, ge=1, le=25)
 
 
 @dataclass(frozen=True)
@@ -80,34 +74,25 @@ async def spectrum(
 ) -> Response:
     """Singular values of one layer (W2 unless `layer` says otherwise), or of all, by epoch."""
     form = choose_format(query.format, request.headers.get("accept"), MEDIA_TYPES)
-    prepared = await run_in_threadpool(_prepare, here, request, experiment_id, query, form)
-    if isinstance(prepared, Response):
-        return prepared
-    # Waiting for a picture takes none of the threads that other requests need.
-    headers, task = prepared
-    return Response(await here.drawing.draw(*task), headers=headers, media_type=MEDIA_TYPES[form])
+    return await answer(here, form, lambda: _prepare(here, request, experiment_id, query, form))
 
 
-def _prepare(
-    here: Context, request: Request, experiment_id: str, query: SpectrumQuery, form: str
-) -> Response | tuple[dict[str, str], tuple[Any, ...]]:
-    """The answer; or for a picture its headers and what to draw."""
+def _prepare(here: Context, request: Request, experiment_id: str, query: SpectrumQuery, form: str) -> Prepared:
     with here.database.read.begin() as session:
         row = store.get_job(session, "experiment", here.owner, experiment_id)
         last = store.last_epoch(session, row.id)
-        # The name is drawn into the pictures.
         headers = validators(request, row, last, row.name, form, query.model_dump_json())
+        if form in PICTURES:
+            headers["cache-control"] = "private, no-cache"  # The name is drawn into them, and may still change.
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         if last is None and form not in TEXT:
             raise SpectrumNotReady(f"the experiment is {row.status}, and epoch 0 is not recorded")
-        recording = _load(session, row, query, form)
-    if form in PICTURES:
-        path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), form)
-        if (cached := files.read_cached(path)) is not None:
-            return Response(cached, headers=headers, media_type=MEDIA_TYPES[form])
-        return headers, (path, *_picture(recording, query, form))
-    return Response(_numbers(recording, query, form, last), headers=headers, media_type=MEDIA_TYPES[form])
+        return shown(here, row, form, headers, lambda: _build(_load(session, row, query, form), query, form, last))
+
+
+def _build(recording: Recording, query: SpectrumQuery, form: str, last: int | None) -> bytes | Task:
+    return _picture(recording, query, form) if form in PICTURES else _numbers(recording, query, form, last)
 
 
 def chosen_layers(spec: ExperimentSpec, layer: str | None, default: str) -> list[str]:
@@ -203,12 +188,12 @@ def _epoch_objects(recording: Recording, values: dict[str, Array], scaled: dict[
     ]
 
 
-def _picture(recording: Recording, query: SpectrumQuery, form: str) -> tuple[Any, ...]:
+def _picture(recording: Recording, query: SpectrumQuery, form: str) -> Task:
     """What `Drawing.draw` is to draw."""
     row = recording.row
     ((layer, s),) = recording.spectra.items()
     shares, ranks = normalized(s)[:, : query.top_k], describe(s, recording.spec.shapes[layer], WEIGHT_DTYPE)
-    shown = [
+    drawn = [
         Spectrum(
             epoch=losses["epoch"],
             values=shares[i],
@@ -221,6 +206,5 @@ def _picture(recording: Recording, query: SpectrumQuery, form: str) -> tuple[Any
     ]
     title = row.name or recording.spec.preset
     chart = Chart(title, layer, recording.spec.shapes[layer], query.of, query.scale)
-    size = Size(query.width, query.height, query.dpi)
     timing = (query.fps,) if form == "gif" else ()
-    return (f"spectrum_{form}", shown, chart, size, *timing)
+    return (f"spectrum_{form}", drawn, chart, query.size, *timing)

@@ -1,20 +1,20 @@
 """The summary of a sweep: a row for each member as JSON or CSV, and its pictures."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service import files, representations, store, summary
+from service import representations, store, summary
 from service.context import Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
 from service.http import choose_format, unchanged, validators
 from service.openapi import NOT_MODIFIED, raises
-from service.pictures import Size, SweepChart
+from service.pictures import SweepChart
 from service.representations import MEDIA_TYPES
+from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, answer, shown
 from service.store import JobRow
 
 router = APIRouter(prefix="/sweeps", tags=["sweeps"])
@@ -23,7 +23,7 @@ Kind = Literal["line", "heatmap", "overlay", "animation"]
 PICTURE_VALUES = 2 * 10**7
 
 
-class SummaryQuery(BaseModel):
+class SummaryQuery(AnimationQuery):
     """Which layer, and what is drawn of it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -35,11 +35,6 @@ class SummaryQuery(BaseModel):
     y: str | None = Field(None, max_length=40, description="of a heat map: another varied field, the next if left out")
     metric: str = Field("entropy_rank", max_length=40, description="a number of the rows")
     scale: Literal["log", "linear"] = "linear"
-    width: int = Field(640, ge=160, le=2000, description="pixels")
-    height: int = Field(400, ge=120, le=2000, description="pixels")
-    dpi: int = Field(100, ge=50, le=200)
-    frames: int = Field(200, ge=1, le=200, description="at most so many frames, evenly thinned")
-    fps: int = Field(10, ge=1, le=25)
 
 
 @router.get(
@@ -53,17 +48,10 @@ async def summarize(here: Here, request: Request, sweep_id: str, query: Annotate
     `rank_within_r2` is the least rank that loses at most 0.01 of the validation R².
     """
     form = choose_format(query.format, request.headers.get("accept"), FORMATS)
-    prepared = await run_in_threadpool(_prepare, here, request, sweep_id, query, form)
-    if isinstance(prepared, Response):
-        return prepared
-    headers, task = prepared
-    return Response(await here.drawing.draw(*task), headers=headers, media_type=FORMATS[form])
+    return await answer(here, form, lambda: _prepare(here, request, sweep_id, query, form))
 
 
-def _prepare(
-    here: Context, request: Request, sweep_id: str, query: SummaryQuery, form: str
-) -> Response | tuple[dict[str, str], tuple[Any, ...]]:
-    """The answer; or for a picture its headers and what to draw."""
+def _prepare(here: Context, request: Request, sweep_id: str, query: SummaryQuery, form: str) -> Prepared:
     with here.database.read.begin() as session:
         row = store.get_job(session, "sweep", here.owner, sweep_id)
         state = store.count_members(session, [row.id]).get(row.id)
@@ -72,17 +60,21 @@ def _prepare(
         headers["cache-control"] = "private, no-cache"
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
-        task = _task(session, row, query, form)
-    if isinstance(task, bytes):
-        return Response(task, headers=headers, media_type=FORMATS[form])
-    path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), form)
-    if (cached := files.read_cached(path)) is not None:
-        return Response(cached, headers=headers, media_type=FORMATS[form])
-    return headers, (path, *task)
+        _check(query, list(row.spec["grid"]), form)
+        return shown(here, row, form, headers, lambda: _build(session, row, query, form))
 
 
-def _task(session: Session, sweep: JobRow, query: SummaryQuery, form: str) -> bytes | tuple[Any, ...]:
-    """The bytes of a text, or what `Drawing.draw` is to draw."""
+def _check(query: SummaryQuery, fields: list[str], form: str) -> None:
+    """Raise BadRequestValue for what no picture of the sweep could be drawn with, whatever is asked for."""
+    if query.metric not in summary.METRICS:
+        raise BadRequestValue("metric", query.metric, f"must be one of {', '.join(summary.METRICS)}")
+    if query.kind is not None and form not in PICTURES:
+        raise BadRequestValue("kind", query.kind, f"is of a picture, not of {form}: ask for format=png or gif")
+    for name, given in (("x", query.x), ("y", query.y)):
+        _field(name, given, fields, "tau")
+
+
+def _build(session: Session, sweep: JobRow, query: SummaryQuery, form: str) -> bytes | Task:
     fields = list(sweep.spec["grid"])
     outcomes = store.outcomes(session, sweep.id, query.layer)
     members = store.members(session, sweep.id)
@@ -95,14 +87,12 @@ def _task(session: Session, sweep: JobRow, query: SummaryQuery, form: str) -> by
     if not any(row["entropy_rank"] is not None for row in rows):
         raise SpectrumNotReady(f"the sweep is {sweep.status}, and no member has recorded {query.layer}")
     if _kind(query.kind, form) in {"line", "heatmap"}:
-        return (*_chart(sweep.name or "sweep", fields, query, rows), _size(query))
+        return (*_chart(sweep.name or "sweep", fields, query, rows), query.size)
     return _spectra(session, sweep, query, form, rows, outcomes)
 
 
-def _chart(title: str, fields: list[str], query: SummaryQuery, rows: list[summary.Row]) -> tuple[Any, ...]:
+def _chart(title: str, fields: list[str], query: SummaryQuery, rows: list[summary.Row]) -> Task:
     """A metric over one field or two."""
-    if query.metric not in summary.METRICS:
-        raise BadRequestValue("metric", query.metric, f"must be one of {', '.join(summary.METRICS)}")
     if query.kind != "heatmap":
         x = _field("x", query.x, fields, "tau")
         return ("sweep_lines_png", summary.lines(title, rows, fields, x, query.metric))
@@ -121,14 +111,14 @@ def _spectra(
     form: str,
     rows: list[summary.Row],
     outcomes: dict[str, store.Outcome],
-) -> tuple[Any, ...]:
+) -> Task:
     """All members' spectra: at their ends, or over the epochs."""
     chart = SweepChart(sweep.name or "sweep", query.layer, _field("x", query.x, list(sweep.spec["grid"])), query.scale)
     finals = {member: one.last for member, one in outcomes.items() if one.last is not None}
     epochs = [max(outcomes[member].losses["epoch"] for member in finals)]
     if form == "png":
         histories = {member: {epochs[0]: last} for member, last in finals.items()}
-        return ("sweep_overlay_png", summary.spectra(chart, rows, histories, epochs), _size(query))
+        return ("sweep_overlay_png", summary.spectra(chart, rows, histories, epochs), query.size)
     every = store.all_epochs(session, sweep.id)
     places = np.linspace(0, len(every) - 1, min(len(every), query.frames)).round().astype(int)
     epochs = [every[place] for place in places]
@@ -136,11 +126,7 @@ def _spectra(
     if values > PICTURE_VALUES:
         raise BudgetExceeded("values in the picture", values, PICTURE_VALUES, "take fewer frames")
     found = store.histories(session, sweep.id, query.layer, epochs)
-    return ("sweep_gif", summary.spectra(chart, rows, found, epochs), _size(query), query.fps)
-
-
-def _size(query: SummaryQuery) -> Size:
-    return Size(query.width, query.height, query.dpi)
+    return ("sweep_gif", summary.spectra(chart, rows, found, epochs), query.size, query.fps)
 
 
 def _kind(kind: Kind | None, form: str) -> Kind:

@@ -49,7 +49,8 @@ async def create(here: Here, once: OnceOnly, request: Request, body: Body) -> Re
     row = await jobs.wait(here, request, row, seconds)
     headers = {"location": f"/sweeps/{row.id}", **applied, **once.headers}
     status = 200 if seconds and row.status in TERMINAL else 202
-    return await run_in_threadpool(_answer, here, row, status, headers)
+    with jobs.stored_at(headers["location"]):
+        return await run_in_threadpool(_answer, here, row, status, headers)
 
 
 def _queue(here: Context, once: Once, body: dict[str, Any]) -> JobRow:
