@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 JSON_TYPES = {"application/json", "application/merge-patch+json", ""}
 MOST_RANGES = 100
+HEAD_LIMIT = 64 << 10  # Bytes of a request that are no body; what comes in one piece may be more.
 VERSION = importlib.metadata.version("rankscope")
 BYTE_RANGE = r"(?:\d{1,18}-\d{0,18}|-\d{1,18})\s*"
 

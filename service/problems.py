@@ -180,6 +180,7 @@ def _handle(request: Request, error: Exception) -> Response:
     translated = translate(error)
     headers = {"allow": _allowed(request)} if isinstance(translated, errors.MethodNotAllowed) else {}
     if type(translated) is errors.RankscopeError:
+        headers["connection"] = "close"  # The server will do so, and the next request on it would be lost.
         log.error("the request failed", exc_info=error)
     elif isinstance(error, DBAPIError | PoolTimeout | OSError):
         log.warning("%s: %s", translated.detail, store.reason_of(error))

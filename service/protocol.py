@@ -15,11 +15,11 @@ from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import IdempotencyKeyInvalid, MalformedRequest, RankscopeError, RequestTimeout
+from service.http import HEAD_LIMIT
 from service.problems import problem_response
 from service.settings import Settings
 
 BAD_KEY = re.compile(rb"^idempotency-key:[^\r\n]*[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", re.IGNORECASE | re.MULTILINE)
-MOST_BETWEEN = 64 << 10  # Bytes that are no body.
 LAST_CALL_S = 1.0  # Less than the server gives all that goes on when it stops.
 
 
@@ -92,8 +92,8 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._between += len(data)
         super().data_received(data)
         self._came = b""
-        if self._between > MOST_BETWEEN and not self.transport.is_closing():
-            self.send_400_response(f"more than {MOST_BETWEEN} bytes came that are no body")
+        if self._between > HEAD_LIMIT and not self.transport.is_closing():
+            self.send_400_response(f"more than {HEAD_LIMIT} bytes came that are no body")
         if self.transport.is_closing():
             self._stop()
         elif self.cycle is None or self.cycle.response_complete:

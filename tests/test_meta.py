@@ -29,7 +29,7 @@ def test_every_preset_is_shown_as_it_would_run(server: Server) -> None:
 
 def test_the_limits_are_those_that_refuse(server: Server) -> None:
     limits = server.client.get("/limits").json()
-    assert limits["body_bytes"] == 64 * 1024
+    assert limits["body_bytes"] == limits["head_bytes"] == 64 * 1024
     assert (limits["parameters"], limits["work"], limits["recorded_values"]) == (5 * 10**7, 10**16, 2 * 10**7)
     epochs = limits["fields"]["training.epochs"]["maximum"]
     refused = server.client.post("/experiments", json={"training": {"epochs": epochs + 1}})

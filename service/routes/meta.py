@@ -12,7 +12,7 @@ from sqlalchemy import text
 from service import files
 from service.context import JSON_ONLY, Context, Here, only
 from service.errors import DatabaseUnavailable, NotAcceptable, NotFound, RankscopeError, StorageFull
-from service.http import choose_format
+from service.http import HEAD_LIMIT, choose_format
 from service.openapi import raises
 from service.problems import BY_SLUG, problem_response, translate
 from service.representations import ANSWER_LIMIT, to_json
@@ -91,6 +91,7 @@ def limits(here: Here) -> dict[str, Any]:
     """Every limit that a request can meet; bounds of single fields are in the OpenAPI document too."""
     settings = here.settings
     return {
+        "head_bytes": HEAD_LIMIT,
         "body_bytes": settings.body_limit,
         "upload_bytes": settings.upload_limit,
         "matrix_side": settings.side_limit,
