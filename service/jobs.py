@@ -72,19 +72,20 @@ def cancel_answer(row: JobRow, body: dict[str, Any], once: Once) -> Response:
     return answer(row, body, status=202 if row.status == "canceling" else 200, headers=once.headers)
 
 
-def expect(row: JobRow, if_match: str | None) -> None:
+def expect(request: Request, row: JobRow, *parts: object) -> None:
     """Raise PreconditionFailed where an If-Match header names none but other versions of the job."""
-    if if_match is not None and not matches(if_match, tag(row), weakly=False):
-        raise PreconditionFailed(f"the ETag is {tag(row)} now")
+    expected, current = request.headers.get("if-match"), tag(row, *parts)
+    if expected is not None and not matches(expected, current, weakly=False):
+        raise PreconditionFailed(f"the ETag is {current} now")
 
 
-def remove(here: Context, kind: str, job_id: str, if_match: str | None = None) -> Response:
+def remove(here: Context, request: Request, kind: str, job_id: str, *parts: object) -> Response:
     """Delete a job that does not run, all it recorded and all that was made of it.
 
     Raises NotFound, InvalidState, PreconditionFailed.
     """
     with here.database.write.begin() as session:
-        expect(store.get_job(session, kind, here.owner, job_id), if_match)
+        expect(request, store.get_job(session, kind, here.owner, job_id), *parts)
         gone = store.delete_job(session, job_id)
     for member in gone:
         files.remove_job(here.settings.data, member)

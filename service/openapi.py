@@ -70,6 +70,7 @@ def header(name: str, description: str, **schema: Any) -> Document:
 
 PREFER = header("Prefer", "wait=N: seconds to wait for the end, 30 at most; or respond-async (RFC 7240)")
 IF_MATCH = header("If-Match", "change nothing unless the ETag is this one")
+DELETES = {**raises(errors.InvalidState, errors.PreconditionFailed), **IF_MATCH}
 NOT_MODIFIED: Responses = {304: {"description": "The client's copy, named by If-None-Match, is the current one"}}
 PARTIAL: Responses = {206: {"description": "The part that Range asked for", "content": {"*/*": {}}}}
 

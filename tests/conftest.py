@@ -54,6 +54,12 @@ class Server:
         assert answer.status_code == 202, answer.text
         return answer.json()
 
+    def delete_unchanged(self, path: str) -> None:
+        """Delete something by the ETag it has, after a try with one that it has not."""
+        tag = self.client.get(path).headers["etag"]
+        assert self.client.delete(path, headers={"if-match": '"other"'}).status_code == 412
+        assert self.client.delete(path, headers={"if-match": f'{tag}, "other"'}).status_code == 204
+
     def analyze(self, content: bytes, **query: Any) -> dict[str, Any]:
         """Post a file whose analysis succeeds; the answer is its report."""
         answer = self.client.post("/analyze", content=content, params=query, headers={"prefer": "wait=30"})

@@ -12,7 +12,6 @@ from service.context import JSON_ONLY, Context, Here
 from service.errors import (
     BadRequestValue,
     BudgetExceeded,
-    InvalidState,
     MalformedMultipart,
     NotFound,
     TorchDisabled,
@@ -21,7 +20,7 @@ from service.errors import (
 )
 from service.idempotency import Once, OnceOnly
 from service.intake import Received
-from service.openapi import NOT_MODIFIED, PREFER, raises
+from service.openapi import DELETES, NOT_MODIFIED, PREFER, raises
 from service.problems import problem_response
 from service.representations import ANSWER_LIMIT
 from service.schemas import Name, Priority
@@ -216,7 +215,10 @@ def cancel(here: Here, once: OnceOnly, analysis_id: str) -> Response:
     return jobs.cancel_answer(row, views.analysis(row), once)
 
 
-@router.delete("/analyses/{analysis_id}", status_code=204, openapi_extra=raises(InvalidState))
-def remove(here: Here, analysis_id: str) -> Response:
-    """Delete an analysis that does not run, with its file, its spectra and the factors made of it."""
-    return jobs.remove(here, KIND, analysis_id)
+@router.delete("/analyses/{analysis_id}", status_code=204, openapi_extra=DELETES)
+def remove(here: Here, request: Request, analysis_id: str) -> Response:
+    """Delete an analysis that does not run, with its file, its spectra and the factors made of it.
+
+    With If-Match: the ETag of the whole report, without `top_k`.
+    """
+    return jobs.remove(here, request, KIND, analysis_id, None)

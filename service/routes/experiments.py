@@ -9,9 +9,9 @@ from pydantic import Field
 
 from service import jobs, listing, openapi, store, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
-from service.errors import BudgetExceeded, InvalidState, PreconditionFailed
+from service.errors import BudgetExceeded, PreconditionFailed
 from service.idempotency import Once, OnceOnly
-from service.openapi import IF_MATCH, NOT_MODIFIED, PREFER, raises, takes
+from service.openapi import DELETES, IF_MATCH, NOT_MODIFIED, PREFER, raises, takes
 from service.schemas import ExperimentSpec, Name, Strict, Tags, resolve
 from service.store import TERMINAL, JobRow
 
@@ -106,10 +106,9 @@ def read(here: Here, request: Request, experiment_id: str) -> Response:
 def rename(here: Here, request: Request, experiment_id: str, body: Body) -> Response:
     """Change name and tags, nothing else; with If-Match only if nobody was faster."""
     changes = LabelChanges.model_validate(body).model_dump(exclude_unset=True)
-    expected = request.headers.get("if-match")
     with here.database.write.begin() as session:
         row = store.get_job(session, KIND, here.owner, experiment_id)
-        jobs.expect(row, expected)
+        jobs.expect(request, row)
         row = store.rename_job(session, experiment_id, changes)
     return jobs.answer(row, views.experiment(row))
 
@@ -126,9 +125,7 @@ def cancel(here: Here, once: OnceOnly, experiment_id: str) -> Response:
     return jobs.cancel_answer(row, views.experiment(row), once)
 
 
-@router.delete(
-    "/{experiment_id}", status_code=204, openapi_extra={**raises(InvalidState, PreconditionFailed), **IF_MATCH}
-)
+@router.delete("/{experiment_id}", status_code=204, openapi_extra=DELETES)
 def remove(here: Here, request: Request, experiment_id: str) -> Response:
     """Delete an experiment that does not run, with all it recorded; with If-Match only if nobody has changed it."""
-    return jobs.remove(here, KIND, experiment_id, request.headers.get("if-match"))
+    return jobs.remove(here, request, KIND, experiment_id)

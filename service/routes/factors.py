@@ -12,7 +12,7 @@ from service.downloads import download
 from service.errors import BudgetExceeded, InvalidState, NotAcceptable, NotFound, RangeNotSatisfiable
 from service.http import choose_format, etag
 from service.idempotency import Once, OnceOnly
-from service.openapi import NOT_MODIFIED, PARTIAL, raises, takes
+from service.openapi import DELETES, NOT_MODIFIED, PARTIAL, raises, takes
 from service.routes import analyses
 from service.schemas import FactorsSpec
 from service.store import JobRow
@@ -141,9 +141,9 @@ def cancel(here: Here, once: OnceOnly, analysis_id: str, factors_id: str) -> Res
     return jobs.cancel_answer(row, _view(here, row), once)
 
 
-@router.delete("/{factors_id}", status_code=204, openapi_extra=raises(InvalidState))
-def remove(here: Here, analysis_id: str, factors_id: str) -> Response:
+@router.delete("/{factors_id}", status_code=204, openapi_extra=DELETES)
+def remove(here: Here, request: Request, analysis_id: str, factors_id: str) -> Response:
     """Delete the factors and their file; the analysis stays."""
     with here.database.read.begin() as session:
         _factors(session, here.owner, analysis_id, factors_id)
-    return jobs.remove(here, KIND, factors_id)
+    return jobs.remove(here, request, KIND, factors_id)

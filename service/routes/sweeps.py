@@ -8,9 +8,9 @@ from fastapi.concurrency import run_in_threadpool
 
 from service import jobs, listing, openapi, store, sweeps, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
-from service.errors import BudgetExceeded, InvalidState
+from service.errors import BudgetExceeded
 from service.idempotency import Once, OnceOnly
-from service.openapi import NOT_MODIFIED, PREFER, raises, takes
+from service.openapi import DELETES, NOT_MODIFIED, PREFER, raises, takes
 from service.store import TERMINAL, JobRow
 from service.sweeps import Member, SweepSpec
 
@@ -130,10 +130,11 @@ def cancel(here: Here, once: OnceOnly, sweep_id: str) -> Response:
     return _answer(here, row, 202 if row.status == "canceling" else 200, once.headers)
 
 
-@router.delete("/{sweep_id}", status_code=204, openapi_extra=raises(InvalidState))
-def remove(here: Here, sweep_id: str) -> Response:
+@router.delete("/{sweep_id}", status_code=204, openapi_extra=DELETES)
+def remove(here: Here, request: Request, sweep_id: str) -> Response:
     """Delete a sweep that does not run, with all its members and all that they recorded."""
-    return jobs.remove(here, KIND, sweep_id)
+    _, body = _load(here, sweep_id)
+    return jobs.remove(here, request, KIND, sweep_id, body["counts"], body["progress"])
 
 
 def _answer(here: Context, row: JobRow, status: int, headers: dict[str, str]) -> Response:
