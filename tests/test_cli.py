@@ -1,6 +1,7 @@
 """The command line, as a person or a script uses it."""
 
 import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -19,7 +20,10 @@ from typer.testing import CliRunner, Result
 
 from service.access import fingerprint
 from service.cli import app
+from service.client import Client
+from service.commands import find
 from service.console import interruptible
+from service.views import Analysis
 from tests.conftest import Server, free_port, serving, start_server, stop_server
 from tests.test_processes import LONG
 from tests.test_sweeps import SMALL
@@ -187,6 +191,18 @@ def test_an_answer_that_cannot_be_read_is_told_in_a_line() -> None:
     assert done.exit_code == 4
     (line,) = done.stderr.splitlines()
     assert "is no Experiment" in line
+
+
+def test_only_who_asks_for_a_whole_analysis_reads_one(server: Server) -> None:
+    url, file = str(server.client.base_url), io.BytesIO()
+    np.save(file, np.eye(9))
+    whole = server.analyze(file.getvalue())
+    assert whole["top_k"] > 1
+    with Client(url) as client:
+        found = find(client, whole["id"])
+    assert isinstance(found, Analysis)
+    assert found.top_k == 1
+    assert json.loads(run("show", whole["id"], "--json", "--server", url).stdout)["tensors"] == whole["tensors"]
 
 
 def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, model: Path) -> None:
