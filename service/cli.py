@@ -27,7 +27,7 @@ SERVER = "RANKSCOPE_SERVER"
 Server = Annotated[str, typer.Option(envvar=SERVER, help="URL of the server")]
 RETRIES = 2  # Somebody waits at a terminal.
 LOCAL = "http://127.0.0.1:8000"
-Key = Annotated[str | None, typer.Option(help="API key, where the server wants one [env var: RANKSCOPE_API_KEY]")]
+Key = Annotated[str | None, typer.Option(help="API key, where the server wants one; or RANKSCOPE_API_KEY")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for scripts")]
 JobId = Annotated[str, typer.Argument(help="id of an experiment, analysis or sweep")]
 Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]

@@ -206,6 +206,7 @@ def test_only_who_asks_for_a_whole_analysis_reads_one(server: Server) -> None:
 
 
 def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, model: Path) -> None:
+    assert "RANKSCOPE_API_KEY" in run("ls", "--help").stdout
     server = start_server(tmp_path / "data", workers=0, RANKSCOPE_API_KEYS=f"alice:{fingerprint('secret')}")
     url = str(server.client.base_url)
     assert run("ls", "--server", url).exit_code == 4
