@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures [default: ./data]")]
+Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures (default: ./data)")]
 SERVER = "RANKSCOPE_SERVER"
 Server = Annotated[str, typer.Option(envvar=SERVER, help="URL of the server")]
 RETRIES = 2  # Somebody waits at a terminal.
