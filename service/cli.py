@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-USAGE, UNUSABLE = 2, 5
-Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures [default: ./data]")]
-SERVER, API_KEY = "RANKSCOPE_SERVER", "RANKSCOPE_API_KEY"
+Data = Annotated[Path | None, typer.Option(help="folder of database, weights and pictures (default: ./data)")]
+SERVER = "RANKSCOPE_SERVER"
 Server = Annotated[str, typer.Option(envvar=SERVER, help="URL of the server")]
 RETRIES = 2  # Somebody waits at a terminal.
 LOCAL = "http://127.0.0.1:8000"
-Key = Annotated[str | None, typer.Option(envvar=API_KEY, help="API key, where the server wants one")]
+Key = Annotated[str | None, typer.Option(help="API key, where the server wants one; or RANKSCOPE_API_KEY")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for scripts")]
 JobId = Annotated[str, typer.Argument(help="id of an experiment, analysis or sweep")]
 Tied = Annotated[bool, typer.Option("--tied", hidden=True, help="stop when standard input ends")]
@@ -40,12 +39,13 @@ def _settings(data: Path | None) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(["RANKSCOPE", *(str(part).upper() for part in first["loc"])])
-        raise _stop(USAGE, f"{name}: {first['msg']}") from error
+        raise _usage(f"{name}: {first['msg']}") from error
 
 
-def _stop(code: int, message: str) -> typer.Exit:
-    typer.echo(message, err=True)
-    return typer.Exit(code)
+def _usage(message: str) -> typer.Exit:
+    from service.console import USAGE, stop  # noqa: PLC0415  (the client is not for `rankscope --help`)
+
+    return stop(USAGE, message)
 
 
 def _prepare(settings: Settings) -> None:
@@ -58,7 +58,9 @@ def _prepare(settings: Settings) -> None:
         store.migrate(database, settings)
         database.engine.dispose()
     except DatabaseUnusable as error:
-        raise _stop(UNUSABLE, error.detail) from error
+        from service.console import UNUSABLE, stop  # noqa: PLC0415
+
+        raise stop(UNUSABLE, error.detail) from error
 
 
 @contextlib.contextmanager
@@ -67,8 +69,6 @@ def _client(server: str, key: str | None) -> Iterator["Client"]:
     from service.client import Client  # noqa: PLC0415  (pydantic's models are not for `rankscope --help`)
     from service.console import exit_codes  # noqa: PLC0415
 
-    if not re.match("https?://[^/]", server):
-        raise _stop(USAGE, f"{server!r} is no server: write http://host:port")
     with exit_codes(), Client(server, api_key=key, retries=RETRIES) as client:
         yield client
 
@@ -82,7 +82,7 @@ def _is_loopback(host: str) -> bool:
 
 def _check_worker_extra() -> None:
     if importlib.util.find_spec("torch") is None:
-        raise _stop(USAGE, "workers need torch: install rankscope[worker], or serve with --workers 0")
+        raise _usage("workers need torch: install rankscope[worker], or serve with --workers 0")
 
 
 @app.command()
@@ -97,11 +97,11 @@ def serve(
     settings = _settings(data)
     if not (_is_loopback(host) or settings.keys or settings.open_network):
         advice = "set RANKSCOPE_API_KEYS, or RANKSCOPE_OPEN_NETWORK=true to mean it"
-        raise _stop(USAGE, f"{host} is not loopback and anyone could call: {advice}")
+        raise _usage(f"{host} is not loopback and anyone could call: {advice}")
     if workers:
         _check_worker_extra()
     if workers > 1 and (settings.worker_metrics_address or ("", 0))[1]:
-        raise _stop(USAGE, f"{workers} workers cannot share RANKSCOPE_WORKER_METRICS={settings.worker_metrics}: port 0")
+        raise _usage(f"{workers} workers cannot share RANKSCOPE_WORKER_METRICS={settings.worker_metrics}: port 0")
     at_once = max(settings.sweep_batches, workers * settings.jobs)
     settings = settings.model_copy(update={"sweep_batches": min(at_once, 1024)})
     _prepare(settings)
@@ -250,7 +250,7 @@ def key(
     made = new_key()
     entry = f"{name}:{fingerprint(made)}"
     if not re.fullmatch(KEY_ENTRY, entry):
-        raise _stop(USAGE, f"{name!r} is no name: take 1 to 64 of a-z, 0-9, _ and -")
+        raise _usage(f"{name!r} is no name: take 1 to 64 of a-z, 0-9, _ and -")
     if as_json:
         typer.echo(orjson.dumps({"key": made, "entry": entry}))
     else:

@@ -91,17 +91,18 @@ def _status(job: Job) -> Text:
     return Text(job.status, COLOURS.get(job.status, ""))
 
 
-def find(client: Client, job_id: str) -> Experiment | Analysis | Sweep:
-    """The experiment, analysis or sweep of that id. Raises NotFound."""
-    for read in (client.experiment, client.analysis):
-        with contextlib.suppress(NotFound):
-            return read(job_id)
+def find(client: Client, job_id: str, *, whole: bool = False) -> Experiment | Analysis | Sweep:
+    """The experiment, analysis or sweep of that id; an analysis has all it found if `whole`. Raises NotFound."""
+    with contextlib.suppress(NotFound):
+        return client.experiment(job_id)
+    with contextlib.suppress(NotFound):
+        return client.analysis(job_id, top_k=None if whole else 1)
     return client.sweep(job_id)
 
 
 def show_job(client: Client, job_id: str, *, as_json: bool) -> None:
     """One job, whatever its kind."""
-    job = find(client, job_id)
+    job = find(client, job_id, whole=as_json)
     if as_json:
         show_json(job)
         return

@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from service.client import Client, Refused, Unreachable, Unreadable
+from service.client import Client, Refused, Unreachable, Unreadable, Unsendable
 from service.client.calls import Json
 from service.views import Experiment, Job
 
-FAILED, USAGE, NO_SERVER, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+FAILED, USAGE, NO_SERVER, REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 PIPE_WIDTH = 160
 
 
 def note(message: str) -> None:
     """Tell whoever sits at the terminal; standard output stays for what was asked for."""
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def stop(code: int, message: str) -> typer.Exit:
@@ -39,10 +39,14 @@ def exit_codes() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+    except Unsendable as error:
+        raise stop(USAGE, str(error)) from error
     except Unreachable as error:
         raise stop(NO_SERVER, f"no server: {error}") from error
-    except (Refused, Unreadable) as error:
+    except Refused as error:
         raise stop(REFUSED, str(error)) from error
+    except Unreadable as error:
+        raise stop(REFUSED, str(error).partition("\n")[0]) from error  # The rest lists every field.
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line, as a person or a script uses it."""
 
 import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -14,12 +15,16 @@ import pytest
 import torch
 import typer
 from safetensors.torch import save_file
+from starlette.responses import HTMLResponse
 from typer.testing import CliRunner, Result
 
 from service.access import fingerprint
 from service.cli import app
+from service.client import Client
+from service.commands import find
 from service.console import interruptible
-from tests.conftest import Server, free_port, start_server, stop_server
+from service.views import Analysis
+from tests.conftest import Server, free_port, serving, start_server, stop_server
 from tests.test_processes import LONG
 from tests.test_sweeps import SMALL
 
@@ -161,6 +166,13 @@ def test_commands_tell_by_their_exit_code_what_went_wrong(server: Server, tmp_pa
         (("submit", "-", "--server", url), "{no json", 2, "not JSON"),
         (("submit", "-", "--server", "localhost:8000"), "{}", 2, "http://host:port"),
         (("spectrum", "x", "-o", "x.jpg", "--server", url), "", 2, "gif"),
+        (("ls", "--server", "http://[::1"), "", 2, "no server"),
+        (("ls", "--server", url, "--key", "a\nb"), "", 2, "visible ASCII"),
+        (("ls", "--server", url, "--key", "clé"), "", 2, "visible ASCII"),
+        (("ls", "--server", url, "--tag", "\udcff"), "", 2, "surrogates"),
+        (("show", ".", "--server", url), "", 2, "no id"),
+        (("cancel", "..", "--server", url), "", 2, "no id"),
+        (("spectrum", "", "-o", "x.png", "--server", url), "", 2, "no id"),
         (("ls", "--server", nobody), "", 3, "no server"),
         (("submit", "-", "--server", url), '{"training": {"epochs": 0}}', 4, "/training/epochs"),
         (("submit", "-", "--server", url), '{"base": {}}', 4, "grid"),
@@ -169,9 +181,32 @@ def test_commands_tell_by_their_exit_code_what_went_wrong(server: Server, tmp_pa
         done = run(*arguments, input=text)
         assert done.exit_code == code, done.stderr
         assert words in " ".join(done.stderr.split())
+        assert "Bearer" not in done.stderr
+        assert "clé" not in done.stderr
+
+
+def test_an_answer_that_cannot_be_read_is_told_in_a_line() -> None:
+    with serving(HTMLResponse("<h1>Welcome</h1>")) as url:
+        done = run("show", "x", "--server", url)
+    assert done.exit_code == 4
+    (line,) = done.stderr.splitlines()
+    assert "is no Experiment" in line
+
+
+def test_only_who_asks_for_a_whole_analysis_reads_one(server: Server) -> None:
+    url, file = str(server.client.base_url), io.BytesIO()
+    np.save(file, np.eye(9))
+    whole = server.analyze(file.getvalue())
+    assert whole["top_k"] > 1
+    with Client(url) as client:
+        found = find(client, whole["id"])
+    assert isinstance(found, Analysis)
+    assert found.top_k == 1
+    assert json.loads(run("show", whole["id"], "--json", "--server", url).stdout)["tensors"] == whole["tensors"]
 
 
 def test_the_key_comes_from_the_command_or_from_the_environment(tmp_path: Path, model: Path) -> None:
+    assert "RANKSCOPE_API_KEY" in run("ls", "--help").stdout
     server = start_server(tmp_path / "data", workers=0, RANKSCOPE_API_KEYS=f"alice:{fingerprint('secret')}")
     url = str(server.client.base_url)
     assert run("ls", "--server", url).exit_code == 4

@@ -27,6 +27,7 @@ from service.client.errors import (
     Unprocessable,
     Unreachable,
     Unreadable,
+    Unsendable,
     UnsupportedMediaType,
 )
 from service.client.events import Event
@@ -52,6 +53,7 @@ __all__ = [
     "Unprocessable",
     "Unreachable",
     "Unreadable",
+    "Unsendable",
     "UnsupportedMediaType",
     "calls",
 ]

@@ -15,9 +15,9 @@ from urllib.parse import quote
 import anyio
 import httpx
 import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
-from service.client.errors import Refused, Unreachable, Unreadable, refusal
+from service.client.errors import Refused, Unreachable, Unreadable, Unsendable, refusal
 from service.schemas import ExperimentSpec, FactorsSpec
 from service.sweeps import SweepSpec
 from service.views import (
@@ -40,7 +40,6 @@ J = TypeVar("J", bound=Job)
 Value = str | int | float | bool | None
 Json = dict[str, Any]
 CHUNK = 1 << 20
-LONGEST_PAUSE_S = 60.0
 REPEATABLE = {"GET", "POST"}  # A POST by its Idempotency-Key; what a DELETE or PATCH met the second time misleads.
 PATHS = {
     "experiment": "/experiments/{id}",
@@ -69,9 +68,8 @@ class Call(Generic[T_co]):
 
     def may_be_repeated(self, error: BaseException) -> bool:
         """Whether to send it again is safe after this error, and may help."""
-        if self.method not in REPEATABLE or not isinstance(error, Unreachable | Refused):
-            return False
-        return isinstance(error, Unreachable) or (error.passes and (error.retry_after_s or 0) <= LONGEST_PAUSE_S)
+        passes = isinstance(error, Unreachable) or (isinstance(error, Refused) and error.passes)
+        return passes and self.method in REPEATABLE
 
     @property
     def params(self) -> dict[str, str]:
@@ -96,6 +94,10 @@ class Page(Protocol[M]):
 
     data: list[M]
     next: str | None
+
+
+class JsonObject(RootModel[Json]):
+    """An answer of any fields."""
 
 
 class _FileStream(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -125,8 +127,7 @@ def _model(kind: type[M]) -> Callable[[httpx.Response], M]:
 
 
 def _json(answer: httpx.Response) -> Json:
-    document: Json = answer.json()
-    return document
+    return _model(JsonObject)(answer).root
 
 
 def _bytes(answer: httpx.Response) -> bytes:
@@ -161,6 +162,9 @@ def path_of(job: Job) -> str:
 
 
 def _part(job_id: str) -> str:
+    # Dots are resolved before a path is sent, and would read something else; stray bytes of a terminal have no UTF-8.
+    if job_id in {"", ".", ".."} or not job_id.isprintable():
+        raise Unsendable(f"{job_id!r} is no id")
     return quote(job_id, safe="")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import TracebackType
@@ -15,7 +16,7 @@ from tenacity import AsyncRetrying, Retrying
 
 from service.client import calls
 from service.client.calls import Call, J, M, Page, Value
-from service.client.errors import Refused, Unreachable, refusal
+from service.client.errors import Refused, Unreachable, Unreadable, Unsendable, refusal
 from service.client.events import Event, Following
 from service.client.retries import policy
 from service.schemas import TERMINAL
@@ -31,11 +32,23 @@ FIRST_LOOK_S, SLOWEST_LOOK_S = 0.05, 1.0
 
 def _options(server: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     key = os.environ.get(KEY) if api_key is None else api_key
+    if key and not re.fullmatch("[!-~]+", key):
+        raise Unsendable("the API key has characters that are not visible ASCII")  # Which ones is the key's secret.
     return {
-        "base_url": server,
+        "base_url": _address(server),
         "timeout": timeout_s,
         "headers": {"authorization": f"Bearer {key}"} if key else {},
     }
+
+
+def _address(server: str) -> httpx.URL:
+    try:
+        url = httpx.URL(server)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise Unsendable(f"{server!r} is no server: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise Unsendable(f"{server!r} is no server: write http://host:port")
+    return url
 
 
 @contextlib.contextmanager
@@ -44,6 +57,10 @@ def _reached(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise Unreachable(f"{http.base_url}: {error or type(error).__name__}") from error
+    except httpx.DecodingError as error:
+        raise Unreadable(f"{http.base_url}: {error}") from error
+    except UnicodeError as error:  # of a name that DNS cannot have, or of a value with half a surrogate pair
+        raise Unsendable(f"{http.base_url}: {error}") from error
 
 
 def _pauses(timeout_s: float | None, job: Job) -> Iterator[float]:
@@ -74,7 +91,8 @@ def _awaited(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient",
 class Client:
     """A client that waits. The API key is `api_key`, or the environment's RANKSCOPE_API_KEY.
 
-    Every method raises Unreachable or Refused, after it has tried `retries` times more where that is safe.
+    Every method raises Unreachable or Refused, after it has tried `retries` times more where that is safe. It raises
+    Unsendable for an id, and the client itself for a server or a key, that no request can carry.
     """
 
     def __init__(
@@ -197,7 +215,7 @@ class Client:
                             yield event
                         if at.over:
                             return
-            except (Refused, httpx.TransportError) as caught:
+            except (Refused, httpx.RequestError) as caught:
                 error = caught
             if not at.over:
                 time.sleep(at.broken(error))
@@ -328,7 +346,7 @@ class AsyncClient:
                             yield event
                         if at.over:
                             return
-            except (Refused, httpx.TransportError) as caught:
+            except (Refused, httpx.RequestError) as caught:
                 error = caught
             if not at.over:
                 await asyncio.sleep(at.broken(error))

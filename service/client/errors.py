@@ -1,9 +1,11 @@
 """What a call can end in besides an answer.
 
 ClientError
+├── Unsendable           no request can carry it: an address, an API key, an id or a value; a ValueError, too
 ├── Unreachable          no answer came: nobody listens, or the connection broke
 ├── Unreadable           an answer came that this version of the client does not understand
-└── Refused              the server answered with a problem (RFC 9457); a subclass for each status
+└── Refused              the server answered with a problem (RFC 9457); a subclass for each status that
+    │                     the methods meet
     ├── BadRequest 400, Unauthorized 401, NotFound 404, NotAcceptable 406, RequestTimeout 408, Conflict 409,
     │   PreconditionFailed 412, TooLarge 413, UnsupportedMediaType 415, Unprocessable 422, TooManyRequests 429
     └── ServerError      any 5xx
@@ -16,12 +18,17 @@ from typing import Any
 
 import httpx
 
+LONGEST_PAUSE_S = 60.0
 PASSING = {429, 502, 503, 504}
 PASSING_SLUG = "idempotency-in-progress"
 
 
 class ClientError(Exception):
     """Base of every error of the client."""
+
+
+class Unsendable(ClientError, ValueError):
+    """No request can carry what was given: the server's address, the API key, an id or a value."""
 
 
 class Unreachable(ClientError):
@@ -50,8 +57,8 @@ class Refused(ClientError):
 
     @property
     def passes(self) -> bool:
-        """Whether the same request may be taken later."""
-        return self.status in PASSING or self.slug == PASSING_SLUG
+        """Whether the same request may be taken later, and no later than after LONGEST_PAUSE_S."""
+        return (self.status in PASSING or self.slug == PASSING_SLUG) and (self.retry_after_s or 0) <= LONGEST_PAUSE_S
 
 
 class BadRequest(Refused):

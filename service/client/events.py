@@ -11,7 +11,7 @@ import httpx
 import orjson
 from httpx_sse import ServerSentEvent
 
-from service.client.errors import Refused, Unreachable, refusal
+from service.client.errors import Refused, Unreachable, Unreadable, refusal
 from service.client.retries import pause_s
 
 LAST = "completed"
@@ -50,9 +50,13 @@ class Following:
         self._remember(sent.id)
         if not sent.data or sent.event == RETURNING:  # One without data only sets the id, or the time to wait.
             return None
+        try:
+            event = Event(sent.id, sent.event, orjson.loads(sent.data))
+        except orjson.JSONDecodeError as error:
+            raise Unreadable(f"{self.path}: the data of event {sent.id} is not JSON: {error}") from error
         self.failures = 0
         self.over = sent.event == LAST
-        return Event(sent.id, sent.event, orjson.loads(sent.data))
+        return event
 
     def check(self, answer: httpx.Response) -> None:
         """Raise Refused or Unreachable where the answer, read if it is an error, is no stream."""
