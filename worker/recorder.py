@@ -6,6 +6,7 @@ it needs an answer; then it waits, and its worker ends it when it is told to sto
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ class Recorder:
         self._save = save
         self._waiting: list[Any] = []
         self._done: int | None = None  # Where `save` counts, nothing is said here.
-        self._committed = self._added = time.monotonic()
+        self._added = time.monotonic()
+        self._committed = -math.inf  # The first finding is for everybody at once.
 
     def read(self, query: Callable[[Session], Written]) -> Written:
         """What the job has to know from the database."""
