@@ -1,5 +1,6 @@
 """The device a job runs on, and what the job's answer says of it."""
 
+import functools
 import importlib.metadata
 import platform
 from typing import Any
@@ -25,7 +26,12 @@ def found_devices() -> list[str]:
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of the libraries that the numbers come from, and of Python."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
 def environment(device: str) -> dict[str, Any]:
-    """The device and the versions of the libraries that the numbers come from."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"device": device, "versions": {"python": platform.python_version(), **versions}}
+    """The device and the versions of what the numbers come from."""
+    return {"device": device, "versions": versions()}

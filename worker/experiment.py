@@ -29,7 +29,7 @@ def run(settings: Settings, recorder: Recorder, stored: dict[str, Any]) -> None:
     """
     spec = ExperimentSpec.model_validate(stored)
     device = choose_device(spec.device, settings.device_names)
-    recorder.start(environment(device))
+    recorder.note(environment=environment(device))
     trainer = Trainer([spec], device)
     initial = trainer.copy_weights()
     keep_weights(settings, recorder, recorder.token, "initial", trainer)

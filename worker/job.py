@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from service import store
 from service.errors import JobFailed, LostJob
@@ -20,6 +20,7 @@ from worker.memory import limit_memory, wanted
 from worker.recorder import Canceled, Drained, Recorder, Save
 
 log = logging.getLogger("worker.job")
+BLAS = ThreadpoolController()  # Here, in the fork server: to find the libraries takes each job 10 ms.
 KINDS: dict[str, tuple[Callable[[Settings, Recorder, dict[str, Any]], None], Save]] = {
     "experiment": (experiment.run, store.add_epochs),
     "batch": (batch.run, store.record_members),
@@ -38,7 +39,7 @@ def run(settings: Settings, token: Token, kind: str, spec: dict[str, Any]) -> No
         limit_memory(settings.job_memory)
     database = store.connect(settings)
     try:
-        with threadpool_limits(settings.threads):
+        with BLAS.limit(limits=settings.threads):
             _work(settings, database, token, kind, spec)
     except LostJob as error:
         log.warning("%s; this attempt stops", error)

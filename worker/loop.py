@@ -24,6 +24,7 @@ from worker.monitoring import WorkerMetrics
 
 log = logging.getLogger("worker")
 CANCEL_GRACE_S = 0.4  # A child looks for a cancel at every commit; one inside a long step is ended from outside.
+OBEY_S = 0.1  # Between two looks at the database while jobs run, who need the CPU more.
 EXIT_GRACE_S = 5.0  # For a last checkpoint.
 TITLES = {"timed-out": "The job took too long", "out-of-memory": "Out of memory"}
 
@@ -75,7 +76,8 @@ class Supervisor:
         log.info("the worker is ready")
         while not self.stopping:
             sentinels = [job.process.sentinel for job in self.running.values()]
-            ready = wait([*self.watched, *sentinels], timeout=self.settings.poll_s)
+            pause = max(self.settings.poll_s, OBEY_S) if self.running else self.settings.poll_s
+            ready = wait([*self.watched, *sentinels], timeout=pause)
             self.stopping |= any(watched in ready for watched in self.watched)
             if not self.stopping:
                 self._look()

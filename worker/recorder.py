@@ -6,6 +6,7 @@ it needs an answer; then it waits, and its worker ends it when it is told to sto
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,8 +44,10 @@ class Recorder:
         self._database = database
         self._save = save
         self._waiting: list[Any] = []
+        self._noted: dict[str, Any] = {}
         self._done: int | None = None  # Where `save` counts, nothing is said here.
-        self._committed = self._added = time.monotonic()
+        self._added = time.monotonic()
+        self._committed = -math.inf  # The first finding is for everybody at once.
 
     def read(self, query: Callable[[Session], Written]) -> Written:
         """What the job has to know from the database."""
@@ -54,6 +57,10 @@ class Recorder:
         """Begin the attempt. Raises LostJob, Canceled."""
         self._stop_if(self._insist(lambda session: self._proved(session, write, environment=environment)))
 
+    def note(self, **columns: Any) -> None:
+        """Say more of the job with the next commit, where the first finding is too near for one of its own."""
+        self._noted |= columns
+
     def write(self, write: Write) -> None:
         """Store what the rest of the job builds on. Raises LostJob, Canceled."""
         self._stop_if(self._insist(lambda session: self._proved(session, write)))
@@ -61,7 +68,7 @@ class Recorder:
     def _proved(self, session: Session, write: Write | None = None, **columns: Any) -> Status:
         if self._done is not None:
             columns["done"] = self._done
-        status = store.record_progress(session, self.token, **columns)
+        status = store.record_progress(session, self.token, **self._noted, **columns)
         if write is not None:
             write(session, self.token)
         return status
@@ -115,6 +122,7 @@ class Recorder:
 
     def _settle(self, status: Status) -> None:
         self._waiting.clear()
+        self._noted.clear()
         self._stop_if(status)
 
     def _save_waiting(self, session: Session, **columns: Any) -> Status:

@@ -6,7 +6,17 @@ Whoever calls a verb owns the transaction: `with database.write.begin() as sessi
 from service.schemas import TERMINAL, DeliveryState, Status
 from service.store.batches import MemberEpochs, add_member_cuts, batch_members, record_members, start_members
 from service.store.clock import now
-from service.store.database import BUSY_S, UNAVAILABLE, Database, connect, journal_mode, migrate, reason_of, schema
+from service.store.database import (
+    BUSY_S,
+    UNAVAILABLE,
+    Database,
+    connect,
+    journal_mode,
+    migrate,
+    prepare,
+    reason_of,
+    schema,
+)
 from service.store.deliveries import Claimed, any_due, claim_delivery, deliveries, settle
 from service.store.events import events_after, last_numbers
 from service.store.health import count_jobs, quick_check, sizes, sqlite_version, try_to_write
@@ -136,6 +146,7 @@ __all__ = [
     "outcomes",
     "over",
     "pending",
+    "prepare",
     "quick_check",
     "reason_of",
     "record_crash",

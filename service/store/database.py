@@ -14,7 +14,7 @@ from filelock import FileLock
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, inspect, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, configure_mappers, sessionmaker
 
 from service.errors import DatabaseUnusable
 from service.settings import Settings
@@ -49,6 +49,14 @@ def connect(settings: Settings) -> Database:
     reading, writing = _views(engine)
     writers = _InTurn if engine.dialect.name == "sqlite" else sessionmaker[Session]
     return Database(engine, sessionmaker(reading, expire_on_commit=False), writers(writing, expire_on_commit=False))
+
+
+def prepare() -> None:
+    """Load what the first use of a database would; a fork server does, so that none of its children has to."""
+    configure_mappers()
+    for url in ("sqlite:///unopened", "postgresql+psycopg:///unopened"):
+        with contextlib.suppress(ImportError):
+            _engine(url)
 
 
 class _InTurn(sessionmaker[Session]):
