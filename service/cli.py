@@ -48,19 +48,20 @@ def _usage(message: str) -> typer.Exit:
     return stop(USAGE, message)
 
 
-def _prepare(settings: Settings) -> None:
-    """Set up the log, open and migrate the database, or end with one clear line."""
+def _prepare(settings: Settings) -> str:
+    """Set up the log, open and migrate the database, or end with one clear line; the answer is its schema."""
     from service import logs, store  # noqa: PLC0415  (SQLAlchemy is not for `rankscope --help`)
 
     logs.configure(settings)
     try:
         database = store.connect(settings)
-        store.migrate(database, settings)
+        schema = store.migrate(database, settings)
         database.engine.dispose()
     except DatabaseUnusable as error:
         from service.console import UNUSABLE, stop  # noqa: PLC0415
 
         raise stop(UNUSABLE, error.detail) from error
+    return schema
 
 
 @contextlib.contextmanager
@@ -124,6 +125,7 @@ def work(data: Data = None) -> None:
 def demo(
     data: Data = None,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Run the memo's experiment over HTTP and leave its pictures and reports."""
     _check_worker_extra()
@@ -131,7 +133,7 @@ def demo(
     from service.demo import run  # noqa: PLC0415
 
     with exit_codes(), interruptible():
-        run(_settings(data), out)
+        run(_settings(data), out, as_json=as_json)
 
 
 @app.command()
@@ -234,9 +236,11 @@ def spectrum(
 
 
 @app.command()
-def migrate(data: Data = None) -> None:
+def migrate(data: Data = None, as_json: AsJson = False) -> None:
     """Create the database or bring it up to date."""
-    _prepare(_settings(data))
+    schema = _prepare(_settings(data))
+    if as_json:
+        typer.echo(orjson.dumps({"schema": schema}))
 
 
 @app.command()

@@ -16,15 +16,16 @@ import orjson
 from rich.table import Table
 
 from service.client import Client
-from service.console import check_end, follow_training, show
+from service.console import check_end, follow_training, show, show_json
 from service.settings import Settings, environment
 from service.views import Experiment
 
 START_S = 60.0
 R2_LOST = 0.01
+RANKS = ("entropy_rank", "stable_rank", "spikes")
 
 
-def run(settings: Settings, out: Path) -> None:
+def run(settings: Settings, out: Path, *, as_json: bool = False) -> None:
     """Start a server, post the memo preset, follow it, fetch everything."""
     with running_server(settings, out) as url, Client(url) as client:
         wait_until_ready(client.http)
@@ -32,7 +33,11 @@ def run(settings: Settings, out: Path) -> None:
         done = follow_training(client, job)
         check_end(done)
         _fetch(client, done, out)
-        show(_summary(client, done), f"Figure 1 is {out / 'spectrum.gif'}; beside it spectrum.png and the numbers.")
+        found = _summary(client, done)
+    if as_json:
+        show_json({"experiment": done.id, "files": str(out), **found})
+    else:
+        show(_table(found), f"Figure 1 is {out / 'spectrum.gif'}; beside it spectrum.png and the numbers.")
 
 
 @contextlib.contextmanager
@@ -83,17 +88,27 @@ def _fetch(client: Client, job: Experiment, out: Path) -> None:
     (out / "compression.json").write_bytes(orjson.dumps(report))
 
 
-def _summary(client: Client, job: Experiment) -> Table:
+def _summary(client: Client, job: Experiment) -> dict[str, Any]:
+    """What the run came to, of W2: ranks at its start and end, and what a cut costs."""
     metrics, report = client.metrics(job, layer="W2"), client.compression(job, layer="W2")
     first, last = metrics["epochs"][0], metrics["epochs"][-1]
-    start, end = first["layers"][0], last["layers"][0]
+    ranks = {name: [epoch["layers"][0][name] for epoch in (first, last)] for name in RANKS}
+    return {
+        **ranks,
+        "tau": metrics["tau"],
+        "validation_r2": [epoch["validation_r2"] for epoch in (first, last)],
+        "rank_within_r2": least_rank(report["curve"], last["validation_r2"]),
+    }
+
+
+def _table(found: dict[str, Any]) -> Table:
     table = Table("W2", "start", "end", title="The memo's experiment")
-    table.add_row("entropy rank", f"{start['entropy_rank']:.2f}", f"{end['entropy_rank']:.2f}")
-    table.add_row("stable rank", f"{start['stable_rank']:.2f}", f"{end['stable_rank']:.2f}")
-    table.add_row("spikes", str(start["spikes"]), str(end["spikes"]))
-    table.add_row("τ", "", f"{metrics['tau']:.2f}")
-    table.add_row("validation R²", f"{first['validation_r2']:.3f}", f"{last['validation_r2']:.3f}")
-    table.add_row(f"rank with R² lost ≤ {R2_LOST}", "", f"{least_rank(report['curve'], last['validation_r2'])} of 64")
+    for name in RANKS:
+        start, end = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in found[name])
+        table.add_row(name.replace("_", " "), start, end)
+    table.add_row("τ", "", f"{found['tau']:.2f}")
+    table.add_row("validation R²", *(f"{value:.3f}" for value in found["validation_r2"]))
+    table.add_row(f"rank with R² lost ≤ {R2_LOST}", "", f"{found['rank_within_r2']} of 64")
     return table
 
 

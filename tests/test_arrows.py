@@ -24,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
         ("import service.uploads", ("worker", "numpy", "fastapi", "pydantic", "sqlalchemy", *HEAVY)),
         ("import service.lowrank", ("worker", "service.store", "sqlalchemy", "fastapi", "pydantic", *HEAVY)),
         ("import service.render", ("worker", "service.store", "sqlalchemy", "matplotlib.pyplot", "torch")),
-        ("import worker.loop", ("fastapi", "service.app", "limits", "rich", *HEAVY)),
+        ("import worker.loop", ("fastapi", "service.app", "limits", *HEAVY)),
         (
             "import worker.job, worker.analysis, worker.factors",
             ("fastapi", "service.app", "matplotlib", "torch._dynamo"),

@@ -1,5 +1,6 @@
 """Processes that die, are killed or told to stop: a real server, real workers, real signals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service import store
+from service.settings import Settings
 from tests.conftest import Server, command_line, start_server, stop_server, wait_for
 
 LONG = {"training": {"epochs": 100_000}, "record": {"every": 1000}}
@@ -124,6 +127,12 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, name: str, value: str, code: 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_migration_tells_the_schema_to_scripts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "migrate", "--json", f"--data={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"schema": store.schema(store.connect(Settings(data=tmp_path)))[1]}
+
+
 def test_an_engine_that_is_not_installed_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError")
     environment = {
@@ -186,6 +195,10 @@ def test_the_demo_leaves_its_files(tmp_path: Path) -> None:
     done = subprocess.run(demo_in(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "entropy rank" in done.stdout
+    again = subprocess.run([*demo_in(tmp_path), "--json"], capture_output=True, text=True, check=True)
+    start, end = json.loads(again.stdout)["entropy_rank"]
+    assert f"{start:.2f}" in done.stdout
+    assert f"{end:.2f}" in done.stdout
     left = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"spectrum.gif", "spectrum.png", "spectrum.json", "compression.json"} <= left
 

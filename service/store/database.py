@@ -139,8 +139,8 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("write", False) else "BEGIN")
 
 
-def migrate(database: Database, settings: Settings) -> None:
-    """Make the data folder and bring the schema up to date, one process at a time.
+def migrate(database: Database, settings: Settings) -> str:
+    """Make the data folder and bring the schema up to date, one process at a time; the answer is its version.
 
     Raises DatabaseUnusable where the file is damaged, read-only, or of a newer program; it is then left as it is.
     """
@@ -155,6 +155,7 @@ def migrate(database: Database, settings: Settings) -> None:
         else:
             _upgrade(connection)
             log.info("the database's schema was %s and is %s now", current or "empty", head)
+    return head
 
 
 def schema(database: Database) -> tuple[str | None, str]:
