@@ -9,6 +9,7 @@ recording share one process, and all processes two cores.
 """
 
 import asyncio
+import re
 import sys
 import tempfile
 import time
@@ -28,14 +29,20 @@ CLIENTS, COMMIT_S, GOAL_MS = 50, 0.1, 1000
 EPOCHS_A_COMMIT = (1, 10, 60)
 FIRST = 3  # the number of the first epoch's event: the job has been queued and running before
 LONG = {"training": {"epochs": 100_000}, "record": {"every": 1000}}
+EPOCH = re.compile(rb"^event: epoch\ndata: .*\nid: (\d+)$", re.MULTILINE)
 
 
 class Followed(NamedTuple):
-    """What one client got: how many epochs, and the number of the last event at each moment that brought some."""
+    """The numbers of the epochs' events that one client got, and the moment of each."""
 
-    n_epochs: int
-    moments: list[float]
     numbers: list[int]
+    moments: list[float]
+
+    def late(self, recorded: Array) -> tuple[Array, int]:
+        """Seconds from its recording of every epoch that came, and how many never came or came twice."""
+        came = np.array(self.numbers) - FIRST
+        lost_or_more = np.count_nonzero(np.bincount(came, minlength=len(recorded)) != 1)
+        return np.array(self.moments) - recorded[came], lost_or_more
 
 
 def record(database: Database, epochs_a_commit: int, seconds: float) -> Array:
@@ -61,21 +68,20 @@ def record(database: Database, epochs_a_commit: int, seconds: float) -> Array:
 
 async def follow(client: httpx.AsyncClient, path: str, opened: asyncio.Semaphore) -> Followed:
     """Follow a job to its end."""
-    found, rest = Followed(0, [], []), b""
+    found, rest = Followed([], []), b""
     async with client.stream("GET", f"{path}/events") as answer:
         answer.raise_for_status()
         opened.release()
         async for chunk in answer.aiter_bytes():
             whole, end, rest = (rest + chunk).rpartition(b"\n\n")
-            if (n_new := (whole + end).count(b"event: epoch\n")) > 0:
-                found = found._replace(n_epochs=found.n_epochs + n_new)
-                found.moments.append(time.perf_counter())
-                found.numbers.append(int(whole[whole.rindex(b"\nid: ") + 5 :].split(b"\n")[0]))
+            new = EPOCH.findall(whole + end)
+            found.numbers.extend(map(int, new))
+            found.moments.extend([time.perf_counter()] * len(new))
     return found
 
 
 async def measure(server: Server, database: Database, epochs_a_commit: int, seconds: float) -> tuple[Array, int]:
-    """Lateness of every epoch at every client, of shape (clients, epochs), and how many never came or came twice."""
+    """Lateness of all epochs at all clients, and how many never came or came twice."""
     path, opened = f"/experiments/{server.post(LONG)['id']}", asyncio.Semaphore(0)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60, limits=limits) as client:
@@ -84,9 +90,8 @@ async def measure(server: Server, database: Database, epochs_a_commit: int, seco
             await opened.acquire()
         recorded = await asyncio.to_thread(record, database, epochs_a_commit, seconds)
         found = await asyncio.gather(*following)
-    numbers = np.arange(len(recorded)) + FIRST
-    late = [np.array(one.moments)[np.searchsorted(one.numbers, numbers)] - recorded for one in found]
-    return np.array(late), sum(abs(one.n_epochs - len(recorded)) for one in found)
+    late, wrong = zip(*(one.late(recorded) for one in found), strict=True)
+    return np.concatenate(late), sum(wrong)
 
 
 def main(seconds: float) -> None:
@@ -102,7 +107,7 @@ def main(seconds: float) -> None:
             for epochs_a_commit in EPOCHS_A_COMMIT:
                 late, n_wrong = asyncio.run(measure(server, database, epochs_a_commit, seconds))
                 p50, p99, latest = 1000 * np.quantile(late, [0.5, 0.99, 1])
-                rate = late.shape[1] / seconds
+                rate = len(late) / CLIENTS / seconds
                 missed = ", missed" if latest > GOAL_MS or n_wrong else ""
                 cells = (f"{rate:.0f}", late.size, n_wrong, 0, f"{p50:.0f}", f"{p99:.0f}", f"{latest:.0f}")
                 print(f"| {' | '.join(map(str, cells))} | ≤ {GOAL_MS}{missed} |", flush=True)

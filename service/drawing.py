@@ -15,7 +15,7 @@ from service import files
 from service.errors import Draining
 from service.processes import end_with_parent
 
-_written: list[int] = []  # Bytes, in the drawing process, since its pictures were last pruned.
+_written: list[int] = []  # Bytes of the drawing process's first picture, and of those since it last pruned them.
 STOPPING = "the server is stopping and draws no more pictures"
 
 
@@ -94,9 +94,10 @@ def _draw(cache: tuple[Path, int], path: Path, function: str, arguments: tuple[A
     content: bytes = getattr(importlib.import_module("service.render"), function)(*arguments)
     with contextlib.suppress(FileNotFoundError):
         files.write(path, content)
-        _written.append(len(content))
     data, limit = cache
-    if sum(_written) > limit / 100:  # To look at all of them takes a while once they are many.
-        _written.clear()
+    _written.append(len(content))
+    # To look at all of them takes a while once they are many; the first time nobody knows what there is.
+    if len(_written) == 1 or sum(_written[1:]) > limit / 100:
+        _written[1:] = []
         files.prune_pictures(data, limit)
     return content

@@ -5,11 +5,12 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from service import files, store
 from service.context import Context
@@ -20,6 +21,7 @@ from service.representations import to_json
 from service.store import TERMINAL, JobRow
 
 log = logging.getLogger(__name__)
+Parts = Callable[[Session, JobRow], Sequence[object]]  # What a job's ETag depends on besides its row.
 LONGEST_WAIT_S = 30
 FIRST_LOOK_S, SLOWEST_LOOK_S = 0.02, 0.1
 
@@ -79,13 +81,15 @@ def expect(request: Request, row: JobRow, *parts: object) -> None:
         raise PreconditionFailed(f"the ETag is {current} now")
 
 
-def remove(here: Context, request: Request, kind: str, job_id: str, *parts: object) -> Response:
-    """Delete a job that does not run, all it recorded and all that was made of it.
+def remove(here: Context, request: Request, kind: str, job_id: str, parts: Parts = lambda *_: ()) -> Response:
+    """Delete a job that does not run, all it recorded and all that was made of it; its ETag has these parts.
 
     Raises NotFound, InvalidState, PreconditionFailed.
     """
     with here.database.write.begin() as session:
-        expect(request, store.get_job(session, kind, here.owner, job_id), *parts)
+        row = store.get_job(session, kind, here.owner, job_id)
+        if "if-match" in request.headers:
+            expect(request, row, *parts(session, row))
         gone = store.delete_job(session, job_id)
     for member in gone:
         files.remove_job(here.settings.data, member)

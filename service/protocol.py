@@ -20,6 +20,7 @@ from service.problems import problem_response
 from service.settings import Settings
 
 BAD_KEY = re.compile(rb"^idempotency-key:[^\r\n]*[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", re.IGNORECASE | re.MULTILINE)
+OF_BODY = {b"content-length", b"transfer-encoding"}
 LAST_CALL_S = 1.0  # Less than the server gives all that goes on when it stops.
 
 
@@ -78,13 +79,18 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._between = 0
-        super().on_message_complete()
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         """The head is whole; what has been waited for has come."""
         self._in_head = False
         self._stop()
-        super().on_headers_complete()
+        if self.parser.should_upgrade() and any(name in OF_BODY and value != b"0" for name, value in self.headers):
+            # The parser takes all that follows an Upgrade for another protocol's.
+            self.send_400_response("a request that asks for an Upgrade cannot have a body here; send it as HTTP/1.1")
+        else:
+            super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         """Take what came, and see what is still to come."""
@@ -107,9 +113,16 @@ class ImpatientProtocol(HttpToolsProtocol):
         """Say that what came is no HTTP, where nothing of another answer has gone out, and close."""
         if self._in_head and BAD_KEY.search(self._came):
             self._answer_head(IdempotencyKeyInvalid("the key has control characters"))
-        elif self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        elif self.cycle is None or self.cycle.response_complete or self._awaits_body():
             self._answer_head(MalformedRequest(msg))
         self.transport.close()
+
+    def _awaits_body(self) -> bool:
+        """Whether the request is not whole, and nothing of its answer or of one before it is still to go out."""
+        return bool(self.cycle.more_body and not self.cycle.response_started and not self.pipeline)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: an offer of another protocol need not be taken."""
 
     def on_response_complete(self) -> None:
         """Begin to wait where the client has begun its next head, or still sends a body that was not wanted."""
@@ -150,7 +163,7 @@ class ImpatientProtocol(HttpToolsProtocol):
         if self.flow.read_paused:
             self._wait_for_body()  # It is us who do not read.
             return
-        if not self.cycle.response_started:
+        if self._awaits_body():
             late = RequestTimeout(f"nothing more of the body came for {self.body_s:g} s")
             self._answer(Request(dict(self.cycle.scope)), late)
         self.transport.close()

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     sweep_batches: int = Field(
         1, ge=1, le=1024, description="Batches that a sweep is shared out over at least: the jobs that can run at once"
     )
-    poll_s: float = Field(0.02, ge=0.01, le=10, description="Seconds between an idle worker's looks at the queue")
+    poll_s: float = Field(0.05, ge=0.01, le=10, description="Seconds between an idle worker's looks at the queue")
     alive_file: Path | None = Field(None, description="File a worker touches at every heartbeat, for health checks")
     heartbeat_s: float = Field(1.0, ge=0.05, le=60, description="Seconds between a worker's heartbeats")
     lease_s: float = Field(
@@ -124,6 +124,8 @@ class Settings(BaseSettings):
     @field_validator("devices")
     @classmethod
     def _devices_are_named(cls, value: str) -> str:
+        if not _split(value):
+            raise ValueError("name one device at least, such as cpu")
         for device in _split(value):
             if device != "cpu" and not (device.startswith("cuda:") and device[5:].isdecimal()):
                 raise ValueError(f"{device!r} is no device: write cpu, cuda:0, cuda:1, …")

@@ -152,6 +152,7 @@ def test_a_server_with_keys_may_leave_loopback(tmp_path: Path) -> None:
         ("rate_limit", "often"),
         ("rate_limit", "0/minute"),
         ("devices", "gpu"),
+        ("devices", " , "),
         ("worker_metrics", "127.0.0.1:65536"),
     ],
 )

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from service.client import AsyncClient, Client, Unavailable, Unreachable, Unreadable, Unsendable, calls
+from service.client import AsyncClient, Client, Refused, Unavailable, Unreachable, Unreadable, Unsendable, calls
 from service.views import Job
 from tests.conftest import serving
 
@@ -40,12 +40,34 @@ def strange(asked: list[str]) -> Iterator[str]:
                 return JSONResponse([])
             case "/readyz" | "/analyses/packed/events":
                 return Response(b"no gzip", headers=packed)
+            case "/analyses/moved/events":
+                return Response(status_code=301, headers={"location": "/"})
             case "/analyses/words/events":
                 return Response("id: 1\nevent: status\ndata: running\n\n", media_type="text/event-stream")
         return Response("tomorrow", 503, {"retry-after": "86400"})
 
     with serving(Starlette(routes=[Route("/{path:path}", answer)])) as url:
         yield url
+
+
+def test_what_no_request_can_carry_is_told_before_it_is_sent(strange: str, asked: list[str]) -> None:
+    before = len(asked)
+    with Client(strange) as client:
+        for use in (
+            lambda: client.create_experiment({"name": "\ud800"}),
+            lambda: client.create_experiment({"seed": 2**70}),
+            lambda: client.create_sweep({"base": object()}),
+            lambda: client.experiment("x" * 70_000),
+            lambda: next(client.events(job("1"), last_event_id="é")),
+        ):
+            with pytest.raises(Unsendable):
+                use()
+    assert len(asked) == before
+
+
+def test_a_stream_that_is_moved_is_refused(strange: str) -> None:
+    with Client(strange) as client, pytest.raises(Refused):
+        next(client.events(job("moved")))
 
 
 def test_an_answer_that_is_no_object_is_unreadable(strange: str) -> None:

@@ -57,6 +57,14 @@ def jobs_of(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [job for helper in psutil.Process(worker.pid).children() for job in helper.children()]
 
 
+def suspend(family: list[psutil.Process]) -> None:
+    """Stop them. One that writes to the disk stops only when that is done, and heeds a SIGTERM that comes before."""
+    for process in family:
+        process.suspend()
+    stopped = {psutil.STATUS_STOPPED}
+    wait_for(lambda: {process.status() for process in family} == stopped, "all to be stopped")
+
+
 def is_asked_to_end(process: psutil.Process) -> bool:
     """Whether a SIGTERM waits for a process that is stopped."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -167,8 +175,7 @@ def test_f11_a_worker_that_slept_through_its_lease_finds_its_job_with_another(fa
     wait_for(lambda: has_checkpoint(fast, posted), "a checkpoint")
     family = [psutil.Process(sleeper.pid), *psutil.Process(sleeper.pid).children(recursive=True)]
     with only_writer(fast):  # One that slept in mid-commit would hold SQLite's lock for as long.
-        for process in family:
-            process.suspend()
+        suspend(family)
     other = start_worker(fast)
     wait_for(lambda: job_row(fast, posted)["attempt"] == 2, "the other worker to take over")
     job = family[-1]
@@ -236,8 +243,7 @@ def test_f15_a_second_signal_is_immediate_and_costs_the_job_nothing(fast: Server
     posted = fast.post(LONG)["id"]
     wait_for(lambda: has_checkpoint(fast, posted), "a checkpoint")
     # The job does not heed the first one, so that the worker is still there for the second.
-    for process in psutil.Process(first.pid).children(recursive=True):
-        process.suspend()
+    suspend(psutil.Process(first.pid).children(recursive=True))
     first.terminate()
     wait_for(lambda: all(is_asked_to_end(job) for job in jobs_of(first)), "the first signal to be passed on")
     first.terminate()

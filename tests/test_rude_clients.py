@@ -210,6 +210,9 @@ def test_row_21_a_length_over_the_limit_is_refused_unread(impatient: Server, pat
             b"POST /experiments HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n",
             id="row 26: chunk framing",
         ),
+        pytest.param(
+            head("/experiments", "Connection: Upgrade", "Upgrade: h2c", "Content-Length: 2") + b"{}", id="upgrade"
+        ),
         pytest.param(b"G\0T / HTTP/1.1\r\nHost: localhost\r\n\r\n", id="row 26: NUL in the method"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40), id="row 26: TLS"),
         pytest.param(b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="row 29: 100 kB URL"),
@@ -220,6 +223,21 @@ def test_what_is_no_request_is_refused(impatient: Server, request_bytes: bytes) 
         connection.sendall(request_bytes)
         assert problem_type(rest(connection), 400) == "/problems/malformed-request"
     assert impatient.client.get("/healthz").is_success
+
+
+def test_an_offer_of_another_protocol_is_not_taken(impatient: Server) -> None:
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    assert impatient.client.get("/healthz", headers=offer).json() == {"status": "ok"}
+
+
+def test_rubbish_behind_a_request_is_not_answered_in_the_middle_of_its_answer(impatient: Server) -> None:
+    job = impatient.post({})["id"]
+    events = f"GET /experiments/{job}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    whole = head("/experiments", "Content-Type: application/json", "Content-Length: 2") + b"{}"
+    for requests in (events + head("/healthz"), events + b"GET /healthz HTTP/1.1\r\n\r\n", whole):
+        with connect(impatient) as connection:
+            connection.sendall(requests + b"\0rubbish\r\n\r\n")
+            assert b"HTTP/1.1 400" not in rest(connection)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from worker.monitoring import WorkerMetrics
 
 log = logging.getLogger("worker")
 CANCEL_GRACE_S = 0.4  # A child looks for a cancel at every commit; one inside a long step is ended from outside.
-OBEY_S = 0.1  # Between two looks at the database while jobs run, who need the CPU more.
+OBEY_S = 0.1  # Between two looks at the database while jobs run, who need the CPU more, and while it is away.
 EXIT_GRACE_S = 5.0  # For a last checkpoint.
+KILLED_S = 1.0  # Of a job whose fork server has stopped nobody ever hears that it has ended.
 TITLES = {"timed-out": "The job took too long", "out-of-memory": "Out of memory"}
 
 
@@ -54,7 +55,7 @@ class Supervisor:
         self.metrics = WorkerMetrics(
             heartbeat_age=lambda: time.monotonic() - max(self.last_beat, started), running=lambda: len(self.running)
         )
-        self.stopping = False
+        self.stopping = self.is_away = False
         self.wake, self._woken = socket.socketpair()
         self.watched = [self._woken, *([sys.stdin.fileno()] if tied else [])]
 
@@ -76,7 +77,7 @@ class Supervisor:
         log.info("the worker is ready")
         while not self.stopping:
             sentinels = [job.process.sentinel for job in self.running.values()]
-            pause = max(self.settings.poll_s, OBEY_S) if self.running else self.settings.poll_s
+            pause = max(self.settings.poll_s, OBEY_S) if self.running or self.is_away else self.settings.poll_s
             ready = wait([*self.watched, *sentinels], timeout=pause)
             self.stopping |= any(watched in ready for watched in self.watched)
             if not self.stopping:
@@ -103,8 +104,14 @@ class Supervisor:
                 self._beat()
             self._claim()
         except store.UNAVAILABLE as error:
-            log.warning("the database does not answer: %s", store.reason_of(error))
+            if not self.is_away:
+                log.warning("the database does not answer: %s", store.reason_of(error))
+            self.is_away = True
             self.leases.clear()  # Nobody could renew one.
+        else:
+            if self.is_away:
+                log.info("the database answers again")
+            self.is_away = False
 
     def _collect(self) -> None:
         """Take note of children that have ended; one that ended its job itself has left nothing to do."""
@@ -240,5 +247,5 @@ class Supervisor:
                     store.release(session, token)
             except store.UNAVAILABLE as error:
                 log.warning("%s stays leased until that runs out: %s", token, store.reason_of(error))
-            self._forget(token)
+            job.process.join(KILLED_S)
         self.database.engine.dispose()

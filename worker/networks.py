@@ -30,10 +30,6 @@ class Arrays:
     device: str = "cpu"
     dtype: str = "float32"
 
-    def empty(self, *shape: int) -> Tensor:
-        """An array whose values are yet to be written."""
-        return self.xp.empty(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
-
     def ones(self, *shape: int) -> Tensor:
         """An array of ones."""
         return self.xp.ones(shape, dtype=getattr(self.xp, self.dtype), device=self.device)
@@ -55,7 +51,7 @@ class Arrays:
         # Rounded member by member, and what is beyond float32 is infinite there.
         with np.errstate(over="ignore", under="ignore"):
             return self.xp.asarray(
-                np.stack([np.asarray(array).astype(self.dtype) for array in arrays]), device=self.device
+                np.stack([np.asarray(array).astype(self.dtype, copy=False) for array in arrays]), device=self.device
             )
 
 

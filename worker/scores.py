@@ -10,7 +10,7 @@ from service.lowrank.ranks import Array
 from worker.backpropagation import ForwardOf
 from worker.networks import Arrays, Network, Tensor, as_numpy
 
-CHUNK = 2**16  # Values of a layer's output at a time: the pass stays in the cache, and its memory is bounded.
+CHUNK = 2**17  # Values of all layers' outputs at a time: the pass stays in the cache, and its memory is bounded.
 DEVICE_CHUNK = 2**24  # The same where what a call costs is its start.
 
 Score = Callable[[], tuple[Array, Array]]
@@ -52,10 +52,10 @@ def score_of(network: Network, forward_of: ForwardOf, x: Tensor, y: Tensor, arra
     """
     n_members, n_samples, n_targets = y.shape
     total_squares = np.stack([squares_about_mean(member) for member in as_numpy(y)])
-    xp, widest = arrays.xp, max(network.widths)
+    xp, width = arrays.xp, sum(network.widths)
     chunk = CHUNK if arrays.device == "cpu" else DEVICE_CHUNK
-    at_once = min(n_members, max(1, chunk // (max(1, n_samples) * widest)))
-    n_rows = max(1, chunk // (at_once * widest))
+    at_once = min(n_members, max(1, chunk // (max(1, n_samples) * width)))
+    n_rows = max(1, chunk // (at_once * width))
     parts = [slice(start, start + at_once) for start in range(0, n_members, at_once)]
     networks = [(members, network[members].layers) for members in parts]
 

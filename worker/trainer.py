@@ -163,6 +163,7 @@ class Trainer:
         self.step, self.diverged = int(saved["step"][0]), saved["diverged"]
 
     def _live(self) -> dict[str, Tensor]:
+        # Another name whenever the order within it or the meaning of the state changes: older checkpoints are refused.
         return {"layers": self.parameters, **self._state}
 
     def train(self, pause: Callable[[], None] = lambda: None) -> Iterator[Snapshot]:

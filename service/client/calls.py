@@ -149,7 +149,7 @@ def _post(
     headers = {"idempotency-key": key or str(uuid.uuid4())}
     headers |= {"prefer": f"wait={wait_s}" if wait_s else "respond-async"}
     headers |= {} if body is None else {"content-type": "application/json"}
-    return Call("POST", path, read, content=b"" if body is None else orjson.dumps(body), headers=headers)
+    return Call("POST", path, read, content=b"" if body is None else _json_of(body), headers=headers)
 
 
 def _body(spec: BaseModel | Mapping[str, Any] | None) -> Json:
@@ -159,6 +159,13 @@ def _body(spec: BaseModel | Mapping[str, Any] | None) -> Json:
 def path_of(job: Job) -> str:
     """Where a job is."""
     return PATHS[job.object].format(**dict(job))
+
+
+def _json_of(body: object) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError as error:
+        raise Unsendable(f"the body is not JSON: {error}") from None
 
 
 def _part(job_id: str) -> str:
@@ -187,7 +194,7 @@ def experiments_page(**query: Value) -> Call[ExperimentList]:
 
 def label_experiment(job: Experiment, changes: Mapping[str, Any]) -> Call[Experiment]:
     """Change `name` or `tags`; what is left out stays."""
-    content = orjson.dumps(dict(changes))
+    content = _json_of(dict(changes))
     return Call(
         "PATCH", path_of(job), _model(Experiment), content=content, headers={"content-type": "application/json"}
     )

@@ -59,7 +59,8 @@ def _reached(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
         raise Unreachable(f"{http.base_url}: {error or type(error).__name__}") from error
     except httpx.DecodingError as error:
         raise Unreadable(f"{http.base_url}: {error}") from error
-    except UnicodeError as error:  # of a name that DNS cannot have, or of a value with half a surrogate pair
+    except (UnicodeError, httpx.InvalidURL) as error:
+        # Of a name that DNS cannot have, of a value with half a surrogate pair, of an endless id.
         raise Unsendable(f"{http.base_url}: {error}") from error
 
 
@@ -207,7 +208,7 @@ class Client:
             error: Exception | None = None
             try:
                 with connect_sse(self.http, "GET", at.path, headers=at.headers) as source:
-                    if source.response.is_error:
+                    if not source.response.is_success:
                         source.response.read()
                     at.check(source.response)
                     for sent in source.iter_sse():
@@ -215,7 +216,7 @@ class Client:
                             yield event
                         if at.over:
                             return
-            except (Refused, httpx.RequestError) as caught:
+            except (Refused, httpx.RequestError, UnicodeError) as caught:
                 error = caught
             if not at.over:
                 time.sleep(at.broken(error))
@@ -338,7 +339,7 @@ class AsyncClient:
             error: Exception | None = None
             try:
                 async with aconnect_sse(self.http, "GET", at.path, headers=at.headers) as source:
-                    if source.response.is_error:
+                    if not source.response.is_success:
                         await source.response.aread()
                     at.check(source.response)
                     async for sent in source.aiter_sse():
@@ -346,7 +347,7 @@ class AsyncClient:
                             yield event
                         if at.over:
                             return
-            except (Refused, httpx.RequestError) as caught:
+            except (Refused, httpx.RequestError, UnicodeError) as caught:
                 error = caught
             if not at.over:
                 await asyncio.sleep(at.broken(error))

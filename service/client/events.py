@@ -11,7 +11,7 @@ import httpx
 import orjson
 from httpx_sse import ServerSentEvent
 
-from service.client.errors import Refused, Unreachable, Unreadable, refusal
+from service.client.errors import Refused, Unreachable, Unreadable, Unsendable, refusal
 from service.client.retries import pause_s
 
 LAST = "completed"
@@ -68,8 +68,10 @@ class Following:
             raise Unreachable(f"{self.path} answered with {answer.headers.get('content-type')}, not with events")
 
     def broken(self, error: Exception | None) -> float:
-        """Seconds to wait before the stream is opened again. Raises Unreachable or Refused when that has no use."""
+        """Seconds to wait before the stream is opened again. Raises Unsendable, Unreachable, Refused when in vain."""
         self.failures += 1
+        if isinstance(error, UnicodeError):
+            raise Unsendable(f"{self.path}: {error}") from error
         if isinstance(error, Refused) and (self.failures > self.retries or not error.passes):
             raise error
         if self.failures > self.retries:

@@ -26,7 +26,7 @@ from service.openapi import NOT_MODIFIED, raises
 from service.pictures import ModelSpectra, profile
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
 from service.routes.analyses import KIND
-from service.routes.drawn import PICTURES, Prepared, SizeQuery, Task, answer, shown
+from service.routes.drawn import PICTURES, Prepared, SizeQuery, Task, View, answer
 from service.rules import BUDGET, check_parameters, rule_of
 from service.schemas import RuleOrAll, RuleParameters
 from service.store import JobRow, TensorRow, spectrum_of
@@ -78,7 +78,11 @@ def _prepare(here: Context, request: Request, analysis_id: str, form: tuple[str,
         headers = validators(request, row, row.revision, name, query.model_dump_json())
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
-        return shown(here, row, name, headers, lambda: build(row, store.tensors(session, row.id)))
+        view = View(here, row, name, headers)
+        if (kept := view.kept()) is not None:
+            return kept
+        rows = store.tensors(session, row.id)
+    return view.made(build(row, rows))
 
 
 def _chosen(row: JobRow, rows: list[TensorRow], layer: str | None) -> list[TensorRow]:

@@ -39,14 +39,24 @@ class AnimationQuery(SizeQuery):
     fps: int = Field(10, ge=1, le=25)
 
 
-def shown(
-    here: Context, row: JobRow, form: str, headers: dict[str, str], build: Callable[[], bytes | Task]
-) -> Prepared:
-    """The answer, or what is to be drawn and kept under the view's ETag, which names all that it depends on."""
-    path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), form)
-    body = files.read_cached(path) if form in PICTURES else None
-    built = build() if body is None else body
-    return Response(built, 200, headers, MEDIA_TYPES[form]) if isinstance(built, bytes) else (headers, path, built)
+class View:
+    """A job in one form. Its ETag names all that a picture depends on, and its place in the cache."""
+
+    def __init__(self, here: Context, row: JobRow, form: str, headers: dict[str, str]) -> None:
+        self._form, self._headers = form, headers
+        self._path = files.picture_path(here.settings.data, row.id, headers["etag"].strip('"'), form)
+
+    def kept(self) -> Response | None:
+        """The picture, if it has been drawn before."""
+        body = files.read_cached(self._path) if self._form in PICTURES else None
+        return None if body is None else self._answer(body)
+
+    def made(self, built: bytes | Task) -> Prepared:
+        """The answer, or what is to be drawn and kept."""
+        return self._answer(built) if isinstance(built, bytes) else (self._headers, self._path, built)
+
+    def _answer(self, body: bytes) -> Response:
+        return Response(body, 200, self._headers, MEDIA_TYPES[self._form])
 
 
 async def answer(here: Context, form: str, prepare: Callable[[], Prepared]) -> Response:

@@ -17,7 +17,7 @@ from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
 from service.pictures import Chart, Spectrum
 from service.representations import FIELD_COUNT, MEDIA_TYPES, check_size
-from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, answer, shown
+from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, View, answer
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.store import EpochRange, JobRow
 
@@ -88,11 +88,11 @@ def _prepare(here: Context, request: Request, experiment_id: str, query: Spectru
             return Response(status_code=304, headers=headers)
         if last is None and form not in TEXT:
             raise SpectrumNotReady(f"the experiment is {row.status}, and epoch 0 is not recorded")
-        return shown(here, row, form, headers, lambda: _build(_load(session, row, query, form), query, form, last))
-
-
-def _build(recording: Recording, query: SpectrumQuery, form: str, last: int | None) -> bytes | Task:
-    return _picture(recording, query, form) if form in PICTURES else _numbers(recording, query, form, last)
+        view = View(here, row, form, headers)
+        if (kept := view.kept()) is not None:
+            return kept
+        recording = _load(session, row, query, form)
+    return view.made(_picture(recording, query, form) if form in PICTURES else _numbers(recording, query, form, last))
 
 
 def chosen_layers(spec: ExperimentSpec, layer: str | None, default: str) -> list[str]:

@@ -5,22 +5,23 @@ from typing import Annotated, Literal
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ConfigDict, Field
-from sqlalchemy.orm import Session
 
 from service import representations, store, summary
 from service.context import Context, Here
 from service.errors import BadRequestValue, BudgetExceeded, Draining, NotAcceptable, SpectrumNotReady, StorageFull
 from service.http import choose_format, unchanged, validators
+from service.lowrank.ranks import Array
 from service.openapi import NOT_MODIFIED, raises
 from service.pictures import SweepChart
 from service.representations import MEDIA_TYPES
-from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, answer, shown
+from service.routes.drawn import PICTURES, AnimationQuery, Prepared, Task, View, answer
 from service.store import JobRow
 
 router = APIRouter(prefix="/sweeps", tags=["sweeps"])
 FORMATS = {name: MEDIA_TYPES[name] for name in ("json", "csv", "png", "gif")}
 Kind = Literal["line", "heatmap", "overlay", "animation"]
 PICTURE_VALUES = 2 * 10**7
+Found = tuple[list[JobRow], dict[str, store.Outcome]]
 
 
 class SummaryQuery(AnimationQuery):
@@ -61,7 +62,11 @@ def _prepare(here: Context, request: Request, sweep_id: str, query: SummaryQuery
         if unchanged(request, headers):
             return Response(status_code=304, headers=headers)
         _check(query, list(row.spec["grid"]), form)
-        return shown(here, row, form, headers, lambda: _build(session, row, query, form))
+        view = View(here, row, form, headers)
+        if (kept := view.kept()) is not None:
+            return kept
+        members, outcomes = store.members(session, row.id), store.outcomes(session, row.id, query.layer)
+    return view.made(_build(here, row, query, form, (members, outcomes)))
 
 
 def _check(query: SummaryQuery, fields: list[str], form: str) -> None:
@@ -74,10 +79,8 @@ def _check(query: SummaryQuery, fields: list[str], form: str) -> None:
         _field(name, given, fields, "tau")
 
 
-def _build(session: Session, sweep: JobRow, query: SummaryQuery, form: str) -> bytes | Task:
-    fields = list(sweep.spec["grid"])
-    outcomes = store.outcomes(session, sweep.id, query.layer)
-    members = store.members(session, sweep.id)
+def _build(here: Context, sweep: JobRow, query: SummaryQuery, form: str, found: Found) -> bytes | Task:
+    fields, (members, outcomes) = list(sweep.spec["grid"]), found
     rows = [summary.row_of(member, fields, query.layer, outcomes.get(member.id)) for member in members]
     if form == "csv":
         return representations.table_csv(rows)
@@ -88,7 +91,10 @@ def _build(session: Session, sweep: JobRow, query: SummaryQuery, form: str) -> b
         raise SpectrumNotReady(f"the sweep is {sweep.status}, and no member has recorded {query.layer}")
     if _kind(query.kind, form) in {"line", "heatmap"}:
         return (*_chart(sweep.name or "sweep", fields, query, rows), query.size)
-    return _spectra(session, sweep, query, form, rows, outcomes)
+    finals = {member: one.last for member, one in outcomes.items() if one.last is not None}
+    if form == "gif":
+        return _animation(here, sweep, query, rows, finals)
+    return _overlay(sweep, query, rows, finals, max(outcomes[member].losses["epoch"] for member in finals))
 
 
 def _chart(title: str, fields: list[str], query: SummaryQuery, rows: list[summary.Row]) -> Task:
@@ -104,29 +110,29 @@ def _chart(title: str, fields: list[str], query: SummaryQuery, rows: list[summar
     return ("sweep_heat_png", summary.heat(title, rows, x, y, query.metric))
 
 
-def _spectra(
-    session: Session,
-    sweep: JobRow,
-    query: SummaryQuery,
-    form: str,
-    rows: list[summary.Row],
-    outcomes: dict[str, store.Outcome],
+def _overlay(sweep: JobRow, query: SummaryQuery, rows: list[summary.Row], finals: dict[str, Array], last: int) -> Task:
+    """All members' spectra at their ends."""
+    histories = {member: {last: spectrum} for member, spectrum in finals.items()}
+    return ("sweep_overlay_png", summary.spectra(_spectra(sweep, query), rows, histories, [last]), query.size)
+
+
+def _animation(
+    here: Context, sweep: JobRow, query: SummaryQuery, rows: list[summary.Row], finals: dict[str, Array]
 ) -> Task:
-    """All members' spectra: at their ends, or over the epochs."""
-    chart = SweepChart(sweep.name or "sweep", query.layer, _field("x", query.x, list(sweep.spec["grid"])), query.scale)
-    finals = {member: one.last for member, one in outcomes.items() if one.last is not None}
-    epochs = [max(outcomes[member].losses["epoch"] for member in finals)]
-    if form == "png":
-        histories = {member: {epochs[0]: last} for member, last in finals.items()}
-        return ("sweep_overlay_png", summary.spectra(chart, rows, histories, epochs), query.size)
-    every = store.all_epochs(session, sweep.id)
-    places = np.linspace(0, len(every) - 1, min(len(every), query.frames)).round().astype(int)
-    epochs = [every[place] for place in places]
-    values = len(epochs) * len(finals) * max(map(len, finals.values()))
-    if values > PICTURE_VALUES:
-        raise BudgetExceeded("values in the picture", values, PICTURE_VALUES, "take fewer frames")
-    found = store.histories(session, sweep.id, query.layer, epochs)
-    return ("sweep_gif", summary.spectra(chart, rows, found, epochs), query.size, query.fps)
+    """All members' spectra over the epochs."""
+    with here.database.read.begin() as session:
+        every = store.all_epochs(session, sweep.id)
+        places = np.linspace(0, len(every) - 1, min(len(every), query.frames)).round().astype(int)
+        epochs = [every[place] for place in places]
+        values = len(epochs) * len(finals) * max(map(len, finals.values()))
+        if values > PICTURE_VALUES:
+            raise BudgetExceeded("values in the picture", values, PICTURE_VALUES, "take fewer frames")
+        found = store.histories(session, sweep.id, query.layer, epochs)
+    return ("sweep_gif", summary.spectra(_spectra(sweep, query), rows, found, epochs), query.size, query.fps)
+
+
+def _spectra(sweep: JobRow, query: SummaryQuery) -> SweepChart:
+    return SweepChart(sweep.name or "sweep", query.layer, _field("x", query.x, list(sweep.spec["grid"])), query.scale)
 
 
 def _kind(kind: Kind | None, form: str) -> Kind:

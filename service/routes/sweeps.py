@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from anyio import from_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from service import jobs, listing, openapi, store, sweeps, views, webhooks
 from service.context import JSON_ONLY, Body, Context, Here
@@ -114,7 +115,7 @@ def index(here: Here, request: Request, query: Annotated[listing.ListQuery, Quer
 def read(here: Here, request: Request, sweep_id: str) -> Response:
     """One sweep: how many members have which status, which are trained together, and every member's id and values."""
     row, body = _load(here, sweep_id)
-    parts = (body["counts"], body["progress"])
+    parts = _parts(body)
     return jobs.unchanged(request, row, *parts) or jobs.answer(row, body, *parts)
 
 
@@ -133,20 +134,27 @@ def cancel(here: Here, once: OnceOnly, sweep_id: str) -> Response:
 @router.delete("/{sweep_id}", status_code=204, openapi_extra=DELETES)
 def remove(here: Here, request: Request, sweep_id: str) -> Response:
     """Delete a sweep that does not run, with all its members and all that they recorded."""
-    _, body = _load(here, sweep_id)
-    return jobs.remove(here, request, KIND, sweep_id, body["counts"], body["progress"])
+    return jobs.remove(here, request, KIND, sweep_id, lambda session, row: _parts(_summary(session, row)))
 
 
 def _answer(here: Context, row: JobRow, status: int, headers: dict[str, str]) -> Response:
     row, body = _load(here, row.id)
-    return jobs.answer(row, body, body["counts"], body["progress"], status=status, headers=headers)
+    return jobs.answer(row, body, *_parts(body), status=status, headers=headers)
 
 
 def _load(here: Context, sweep_id: str) -> tuple[JobRow, dict[str, Any]]:
     """The sweep as it is now, as row and as JSON."""
     with here.database.read.begin() as session:
         row = store.get_job(session, KIND, here.owner, sweep_id)
-        counts, done = store.count_members(session, [row.id]).get(row.id, ({}, 0))
-        members = store.members(session, row.id)
-    shown = [views.member(member, row.spec["grid"]) for member in members]
-    return row, {**views.sweep(row, dict(counts), done), "members": shown}
+        summary, members = _summary(session, row), store.members(session, row.id)
+    return row, {**summary, "members": [views.member(member, row.spec["grid"]) for member in members]}
+
+
+def _summary(session: Session, row: JobRow) -> dict[str, Any]:
+    counts, done = store.count_members(session, [row.id]).get(row.id, ({}, 0))
+    return views.sweep(row, dict(counts), done)
+
+
+def _parts(summary: dict[str, Any]) -> tuple[object, ...]:
+    """What a sweep's ETag depends on besides its row."""
+    return summary["counts"], summary["progress"]

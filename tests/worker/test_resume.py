@@ -119,6 +119,14 @@ def state(value: float) -> resume.State:
     return {"parameters": np.full((1, 3), value)}
 
 
+def test_a_checkpoint_of_another_order_is_refused() -> None:
+    """Before a layer was one matrix with its bias, the same numbers lay elsewhere in it, under another name."""
+    found = Trainer([spec_of()])
+    saved = {name.replace("layers", "parameters"): values for name, values in found.checkpoint().items()}
+    with pytest.raises(ValueError, match="other members"):
+        found.restore(saved)
+
+
 def test_a_checkpoint_is_kept_when_it_is_time_and_the_older_go(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
