@@ -129,7 +129,7 @@ def test_f6_a_job_waits_for_room_on_a_full_disk_and_new_ones_are_refused(tmp_pat
         (tmp_path / "data").symlink_to(disk)
         server = start_server(tmp_path / "data", RANKSCOPE_FREE_DISK="0", **FAST)
         posted = server.post(spec(40_000, every=1))["id"]
-        server.wait(posted, "running")
+        wait_for(lambda: job_row(server, posted)["done"] > 0, "some epochs")
         ballast = disk / "ballast"
         with ballast.open("wb", buffering=0) as file:
             while fill(file, 1 << 16) or fill(file, 512):
