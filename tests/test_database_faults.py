@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,6 +319,33 @@ def test_f25_a_commit_is_on_the_disk_before_it_is_answered(database: Database) -
         asked, durable = "PRAGMA synchronous", "2"  # FULL
     with database.write.begin() as session:
         assert str(session.scalar(text(asked))) == durable
+
+
+def test_f26_a_write_ahead_log_that_a_reader_has_made_grow_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On whatever SQLite this is: WAL is chosen where it is safe, and then this holds."""
+    monkeypatch.setattr("service.store.database.journal_mode", lambda: "WAL")
+    monkeypatch.setattr("service.store.database.JOURNAL_LIMIT", 1 << 20)
+    database, log = store.connect(Settings(data=tmp_path)), tmp_path / f"{FILE}-wal"
+    store.migrate(database, Settings(data=tmp_path))
+
+    def write(n_bytes: int) -> None:
+        with database.write.begin() as session:
+            session.execute(text(f"CREATE TABLE IF NOT EXISTS bytes AS SELECT zeroblob({n_bytes}) AS value"))
+            session.execute(text("DROP TABLE bytes"))
+
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM jobs").fetchall()
+        for _ in range(8):
+            write(1 << 20)
+        with database.read.begin() as session:
+            assert store.sizes(session)["wal"] == log.stat().st_size > 8 << 20
+    write(1 << 20)
+    write(1)
+    assert log.stat().st_size <= 1 << 20
+    database.engine.dispose()
 
 
 @pytest.mark.parametrize("api", ["sqlite"], indirect=True)

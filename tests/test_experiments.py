@@ -227,7 +227,7 @@ def test_top_k_cuts_pictures_too(server: Server, memo: dict[str, Any]) -> None:
     assert whole != cut
 
 
-def test_row_50_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:
+def test_f23_row_50_a_diverging_run_keeps_what_it_recorded(server: Server) -> None:
     state = server.run({"training": {"lr": 1e300}})
     assert (state["status"], state["error"]["type"]) == ("failed", "diverged")
     assert "epoch 1" in state["error"]["detail"]

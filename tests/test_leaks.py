@@ -63,7 +63,9 @@ def held(server: Server) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("ask", "times"), [(png, 2000), (gif, 200), (analysis, 500)])
-def test_memory_plateaus(own_server: tuple[Server, str], ask: Callable[[Server, str, int], None], times: int) -> None:
+def test_f29_memory_plateaus(
+    own_server: tuple[Server, str], ask: Callable[[Server, str, int], None], times: int
+) -> None:
     server, job = own_server
     samples = []
     for number in range(times):

@@ -73,7 +73,7 @@ def test_members_are_the_grid_in_order_and_the_grouping_is_told(small: dict[str,
     ]
 
 
-def test_a_diverging_member_fails_alone(server: Server, small: dict[str, Any]) -> None:
+def test_f23_a_diverging_member_fails_alone(server: Server, small: dict[str, Any]) -> None:
     assert (small["status"], small["counts"]) == ("succeeded", {"succeeded": 4, "failed": 4})
     for member in small["members"]:
         state = server.read(member["id"])

@@ -22,6 +22,7 @@ from service.store.health import try_to_write
 
 log = logging.getLogger(__name__)
 BUSY_S = 5  # How long a caller waits for a lock, an answer or a connection of the pool before it is told.
+JOURNAL_LIMIT = 64 << 20  # Bytes.
 UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeout)  # What passes when the database is back.
 MIGRATIONS = Path(__file__).parent / "migrations"  # Its files begin with their revisions, in order.
 MIGRATION_LOCK = 0x72616E6B  # any number nobody else locks: "rank" in ASCII
@@ -129,7 +130,8 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # The driver must not begin transactions of its own: `_begin` does.
     # The time comes first: to change the journal's mode takes a lock.
     busy, journal = f"busy_timeout={BUSY_S * 1000}", f"journal_mode={journal_mode()}"
-    for pragma in (busy, journal, "synchronous=FULL", "foreign_keys=ON"):
+    # A write-ahead log that has grown while somebody read for long is cut when it begins anew.
+    for pragma in (busy, journal, f"journal_size_limit={JOURNAL_LIMIT}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

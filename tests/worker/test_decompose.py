@@ -178,7 +178,7 @@ def failing(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("stored", STORED)
-def test_where_the_fast_driver_fails_the_slow_one_answers(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f24_where_the_fast_driver_fails_the_slow_one_answers(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("eigvalsh", "svdvals", "svd"):
         monkeypatch.setattr(np.linalg, name, failing)
     s = np.array([3.0, 2.0, 1e-3])
