@@ -143,4 +143,4 @@ def main(repeats: int) -> None:
 
 if __name__ == "__main__":
     require_one_thread()
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
