@@ -12,16 +12,17 @@ from typing import Any
 
 import httpcore  # noqa: F401  (httpx loads it for its first client, and Ctrl-C in the midst of loading may get lost)
 import httpx
+import numpy as np
 import orjson
 from rich.table import Table
 
 from service.client import Client
 from service.console import check_end, follow_training, show, show_json
+from service.lowrank.compression import R2_LOST, rank_within_r2
 from service.settings import Settings, environment
 from service.views import Experiment
 
 START_S = 60.0
-R2_LOST = 0.01
 RANKS = ("entropy_rank", "stable_rank", "spikes")
 
 
@@ -97,7 +98,7 @@ def _summary(client: Client, job: Experiment) -> dict[str, Any]:
         **ranks,
         "tau": metrics["tau"],
         "validation_r2": [epoch["validation_r2"] for epoch in (first, last)],
-        "rank_within_r2": least_rank(report["curve"], last["validation_r2"]),
+        "rank_within_r2": rank_within_r2(np.array([row["validation_r2"] for row in report["curve"]])),
     }
 
 
@@ -110,8 +111,3 @@ def _table(found: dict[str, Any]) -> Table:
     table.add_row("validation R²", *(f"{value:.3f}" for value in found["validation_r2"]))
     table.add_row(f"rank with R² lost ≤ {R2_LOST}", "", f"{found['rank_within_r2']} of 64")
     return table
-
-
-def least_rank(curve: list[dict[str, Any]], r2: float) -> int:
-    """The smallest rank whose cut costs at most R2_LOST of R²; the curve's full rank costs nothing."""
-    return next(int(row["rank"]) for row in curve if r2 - row["validation_r2"] <= R2_LOST)

@@ -11,6 +11,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import BudgetExceeded
+from service.lowrank import FIELDS
 from service.lowrank.ranks import Array
 
 MEDIA_TYPES = {
@@ -24,7 +25,7 @@ MEDIA_TYPES = {
     "gif": "image/gif",
 }
 ANSWER_LIMIT = 2 * 10**6  # values in a text
-FIELD_COUNT = 17  # ranks and norms that `describe` gives for every spectrum
+FIELD_COUNT = len(FIELDS)
 Rows = list[dict[str, Any]]
 
 

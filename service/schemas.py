@@ -57,7 +57,10 @@ def _printable(text: str) -> str:
     return text
 
 
-Label = Annotated[str, BeforeValidator(_composed), StringConstraints(max_length=200), AfterValidator(_printable)]
+LONGEST_LABEL = 200
+Label = Annotated[
+    str, BeforeValidator(_composed), StringConstraints(max_length=LONGEST_LABEL), AfterValidator(_printable)
+]
 Name = Annotated[Label, Field(min_length=1)]
 TagKey = Annotated[str, StringConstraints(max_length=64, pattern=TAG_KEY)]
 Tags = Annotated[dict[TagKey, Label], Field(max_length=20)]

@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from service.lowrank import decay, describe, normalized
+from service.lowrank import FIELDS, decay, describe, normalized
+from service.lowrank.compression import rank_within_r2
 from service.lowrank.ranks import Array
 from service.pictures import SweepChart, SweepHeat, SweepLine, SweepLines, SweepSpectra
 from service.schemas import WEIGHT_DTYPE, ExperimentSpec
 from service.store import JobRow
 from service.store.outcomes import Outcome
-from service.sweeps import value_of, word
+from service.sweeps import is_number, value_of, word
 
-R2_LOST = 0.01
 SEEDS = ("seed", "data.seed")
-RANKS = tuple(describe(np.ones((1, 2)), (2, 2), WEIGHT_DTYPE)[0])
 LOSSES = ("train_loss", "validation_loss", "train_r2", "validation_r2")
-METRICS = (*RANKS, *LOSSES, "rank_within_r2", "tau", "measured_shrinkage")
+METRICS = (*FIELDS, *LOSSES, "rank_within_r2", "tau", "measured_shrinkage")
 Row = dict[str, Any]
 
 
@@ -34,7 +33,7 @@ def row_of(job: JobRow, fields: Sequence[str], layer: str, outcome: Outcome | No
     )
     row: Row = {"id": job.id, "status": job.status, **{field: value_of(job.spec, field) for field in fields}}
     row |= {"tau": law.tau, "predicted_shrinkage": law.predicted_shrinkage, "measured_shrinkage": None}
-    row |= dict.fromkeys(("epoch", *LOSSES, "rank_within_r2", *RANKS))
+    row |= dict.fromkeys(("epoch", *LOSSES, "rank_within_r2", *FIELDS))
     if outcome is None:
         return row
     row |= outcome.losses
@@ -44,13 +43,6 @@ def row_of(job: JobRow, fields: Sequence[str], layer: str, outcome: Outcome | No
     if outcome.r2_by_rank is not None:
         row["rank_within_r2"] = rank_within_r2(outcome.r2_by_rank)
     return row
-
-
-def rank_within_r2(r2_by_rank: Array) -> int | None:
-    """The least rank whose cut costs at most 0.01 of the validation R² of the whole; None where there is no R²."""
-    if not np.isfinite(r2_by_rank[-1]):
-        return None
-    return int(np.argmax(r2_by_rank >= r2_by_rank[-1] - R2_LOST)) + 1
 
 
 def _or_none(value: float) -> float | None:
@@ -63,7 +55,7 @@ def _or_none(value: float) -> float | None:
 def distinct(values: Sequence[Any]) -> list[Any]:
     """Each value once: numbers by size, others in the order of the grid."""
     found = [value for place, value in enumerate(values) if value not in values[:place]]
-    return sorted(found) if all(_is_number(value) for value in found) else found
+    return sorted(found) if all(is_number(value) for value in found) else found
 
 
 def lines(title: str, rows: Sequence[Row], fields: Sequence[str], x: str, metric: str) -> SweepLines:
@@ -74,7 +66,7 @@ def lines(title: str, rows: Sequence[Row], fields: Sequence[str], x: str, metric
     settings = [field for field in fields if field not in SEEDS]
     others = [] if x == "tau" else [field for field in settings if field != x]
     ticks = distinct([row[x] for row in rows if row[x] is not None])
-    names = None if all(_is_number(tick) for tick in ticks) else tuple(word(tick) for tick in ticks)
+    names = None if all(is_number(tick) for tick in ticks) else tuple(word(tick) for tick in ticks)
     cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row[x] is not None and row[metric] is not None:
@@ -124,7 +116,3 @@ def spectra(
 
 def _words(row: Row, fields: Sequence[str]) -> str:
     return ", ".join(f"{field.rpartition('.')[2]}={word(row[field])}" for field in fields)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from service.errors import BadRequestValue, BudgetExceeded
 from service.schemas import (
+    LONGEST_LABEL,
     PARAMETER_LIMIT,
     RECORDED_LIMIT,
     WORK_LIMIT,
@@ -35,7 +36,6 @@ FIELDS = ("seed", "preset", *(
     f"{name}.{field}" for name in SECTIONS for field in type(getattr(ExperimentSpec(), name)).model_fields
 ))  # fmt: skip
 
-LONGEST_NAME = 200
 
 Values = tuple[object, ...]
 
@@ -126,7 +126,7 @@ def _axis(field: str, given: object) -> Values:
 
 
 def _log(field: str, lo: object, hi: object, n: object) -> Values:
-    if not (_is_number(lo) and _is_number(hi) and isinstance(n, int) and _is_number(n)):
+    if not (is_number(lo) and is_number(hi) and isinstance(n, int) and is_number(n)):
         raise BadRequestValue(_pointer(field), _shown([lo, hi, n]), "log takes two numbers and an integer")
     low, high = _as_float(field, lo), _as_float(field, hi)
     if not 0 < low < high:
@@ -137,14 +137,15 @@ def _log(field: str, lo: object, hi: object, n: object) -> Values:
 
 
 def _range(field: str, lo: object, hi: object) -> Values:
-    if not (isinstance(lo, int) and isinstance(hi, int) and _is_number(lo) and _is_number(hi)):
+    if not (isinstance(lo, int) and isinstance(hi, int) and is_number(lo) and is_number(hi)):
         raise BadRequestValue(_pointer(field), _shown([lo, hi]), "range takes two integers")
     if not 0 < hi - lo <= MEMBER_LIMIT:
         raise BadRequestValue(_pointer(field), _shown([lo, hi]), f"range takes 1 to {MEMBER_LIMIT} integers, lo < hi")
     return tuple(range(lo, hi))
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -209,7 +210,7 @@ def value_of(spec: Mapping[str, Any], field: str) -> Any:
 def named(member: Member) -> ExperimentSpec:
     """The member's specification under a name of its own: the base's, and what varies."""
     name = f"{member.spec.name or 'sweep'}: {label(member.varied)}"
-    return member.spec.model_copy(update={"name": unicodedata.normalize("NFC", name)[:LONGEST_NAME]})
+    return member.spec.model_copy(update={"name": unicodedata.normalize("NFC", name)[:LONGEST_LABEL]})
 
 
 def label(varied: dict[str, Any]) -> str:

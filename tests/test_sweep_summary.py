@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.lowrank.compression import rank_within_r2
 from service.pictures import SweepChart
 from service.render import sweep_gif, sweep_heat_png, sweep_lines_png, sweep_overlay_png
-from service.summary import distinct, heat, lines, rank_within_r2, spectra
+from service.summary import distinct, heat, lines, spectra
 from tests.conftest import Server, start_server, stop_server
 from tests.test_bad_inputs import problem
 from tests.test_sweeps import SMALL, finished, post

@@ -5,7 +5,7 @@ by σ₁ before anything is squared. Inside arrays a number that does not exist 
 comparison with a threshold carries `ranks.SLACK`.
 """
 
-from service.lowrank.describe import describe, rescaled, times_power
+from service.lowrank.describe import FIELDS, describe, rescaled, times_power
 from service.lowrank.ranks import normalized
 
-__all__ = ["describe", "normalized", "rescaled", "times_power"]
+__all__ = ["FIELDS", "describe", "normalized", "rescaled", "times_power"]

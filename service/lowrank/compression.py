@@ -14,6 +14,7 @@ from service.errors import BadRequestValue
 from service.lowrank import noise, ranks
 from service.lowrank.ranks import SLACK, Array, Shape
 
+R2_LOST = 0.01  # What a cut may cost of R² where nobody says how much.
 RuleName = Literal["rank", "energy", "error", "budget", "entropy_rank", "optimal", "spikes"]
 
 
@@ -31,6 +32,13 @@ def break_even_rank(shape: Shape) -> int:
     """The largest r with r(m + n) < mn; 0 where no factorisation saves."""
     m, n = shape
     return (m * n - 1) // (m + n)
+
+
+def rank_within_r2(r2_by_rank: Array) -> int | None:
+    """The least rank whose cut costs at most R2_LOST of the whole's R², from R² (k,) at rank 1…k; None without R²."""
+    if not np.isfinite(r2_by_rank[-1]):
+        return None
+    return int(np.argmax(r2_by_rank >= r2_by_rank[-1] - R2_LOST)) + 1
 
 
 def relative_errors(s: Array) -> Array:

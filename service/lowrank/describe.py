@@ -65,3 +65,6 @@ def describe(s: Array, shape: Shape, dtype: str) -> list[dict[str, float | int |
 
 def _listed(values: NDArray[Any], kind: Callable[[float], float | int]) -> list[float | int | None]:
     return [kind(value) if exists else None for value, exists in zip(values, np.isfinite(values), strict=True)]
+
+
+FIELDS = tuple(describe(np.ones((1, 2)), (2, 2), "float32")[0])  # The names of them all.

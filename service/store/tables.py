@@ -10,7 +10,7 @@ import uuid6
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from service.schemas import DeliveryState, Status
+from service.schemas import LONGEST_LABEL, DeliveryState, Status
 
 TensorStatus = Literal["pending", "analysed", "skipped"]
 EventName = Literal["status", "error", "completed"]
@@ -43,7 +43,7 @@ class JobRow(Base):
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     owner: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str | None] = mapped_column(String(200))
+    name: Mapped[str | None] = mapped_column(String(LONGEST_LABEL))
     tags: Mapped[dict[str, str]] = mapped_column(JSON)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
     priority: Mapped[int] = mapped_column(Integer)
