@@ -24,7 +24,7 @@ LIMIT_S = 480.0
 
 def spec(seed: int) -> dict[str, object]:
     """An experiment of some seconds."""
-    return {"seed": seed, "training": {"epochs": 1200}, "record": {"every": 200}}
+    return {"seed": seed, "training": {"epochs": 4000}, "record": {"every": 500}}
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_whatever_dies_every_job_is_done_once_and_to_the_last_bit(
     assert {answer.status_code for answer in posted} == {202}
     choose = random.Random(0)  # noqa: S311
     for seed, fault in zip(itertools.cycle(SEEDS), choose.sample(FAULTS, len(FAULTS)), strict=False):
-        jobs.append((seed, ray_server.post(spec(seed))["id"]))  # However fast the machine, there is a job to hit.
         time.sleep(choose.uniform(*PAUSE_S))
+        jobs.append((seed, ray_server.post(spec(seed))["id"]))  # However fast the machine, there is a job to hit.
         strike(fault, ray_server, cluster, choose)
     states = [wait_for(lambda j=job: over(ray_server, f"/experiments/{j}"), job, LIMIT_S) for _, job in jobs]
     assert {state["status"] for state in states} == {"succeeded"}
