@@ -5,9 +5,9 @@
 Seconds from `rankscope serve` to an answer of `/healthz`, of the API alone and with a worker starting beside it: by the
 clock, and CPU of the API's process; medians after one to warm up. Memory is resident (RSS), of the API
 before the first job, of the worker, its fork server and a child that trains, and of the drawing process after a PNG and
-a GIF. Memory shared between processes is counted in each. The worker misses its goal by 2 MB. What it holds after its
-imports is Python itself (11 MB), SQLAlchemy (17), pydantic (14), numpy (11), and structlog (9, half of it rich, which
-structlog loads wherever it is installed); it runs on 3 MB more.
+a GIF. Memory shared between processes is counted in each. The worker misses its goal by 2 MB. What it holds most after
+its imports is Python itself (11 MB), SQLAlchemy (17), pydantic (14), numpy (11), and structlog (9, half of it rich,
+which structlog loads wherever it is installed); it runs on 3 MB more.
 """
 
 import statistics

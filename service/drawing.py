@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib
+import math
 import multiprocessing
 import signal
 import threading
@@ -15,7 +16,7 @@ from service import files
 from service.errors import Draining
 from service.processes import end_with_parent
 
-_written: list[int] = []  # Bytes of the drawing process's first picture, and of those since it last pruned them.
+_unpruned = {"bytes": math.inf}  # Written by the drawing process since it last pruned; of others' it knows nothing.
 STOPPING = "the server is stopping and draws no more pictures"
 
 
@@ -95,9 +96,8 @@ def _draw(cache: tuple[Path, int], path: Path, function: str, arguments: tuple[A
     with contextlib.suppress(FileNotFoundError):
         files.write(path, content)
     data, limit = cache
-    _written.append(len(content))
-    # To look at all of them takes a while once they are many; the first time nobody knows what there is.
-    if len(_written) == 1 or sum(_written[1:]) > limit / 100:
-        _written[1:] = []
+    _unpruned["bytes"] += len(content)
+    if _unpruned["bytes"] > limit / 100:  # To look at all pictures takes a while once they are many.
+        _unpruned["bytes"] = 0
         files.prune_pictures(data, limit)
     return content
